@@ -1,0 +1,93 @@
+"""One whole Sharpness-Aware-Minimization training step as one graph that runs everywhere.
+
+Importing this package imports neither torch nor onnx; names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sam_export._version import __version__
+from sam_export.errors import (
+    ArtifactError,
+    CaptureError,
+    LoweringError,
+    ParityError,
+    RuntimeUnavailableError,
+    SamExportError,
+    SessionError,
+    StepConfigError,
+)
+
+if TYPE_CHECKING:
+    from sam_export.api import export, load
+    from sam_export.artifact.folder import Artifact
+    from sam_export.artifact.result import StepResult
+    from sam_export.artifact.semantics import Semantics
+    from sam_export.parity.check import check_parity
+    from sam_export.parity.report import ParityReport
+    from sam_export.runtime.session import Session
+    from sam_export.step.sam import SAM
+    from sam_export.step.train_step import TrainStep
+    from sam_export.tracing.capture import capture
+    from sam_export.tracing.captured_step import CapturedStep
+
+_LAZY = {
+    "SAM": "sam_export.step.sam",
+    "TrainStep": "sam_export.step.train_step",
+    "Semantics": "sam_export.artifact.semantics",
+    "StepResult": "sam_export.artifact.result",
+    "Artifact": "sam_export.artifact.folder",
+    "CapturedStep": "sam_export.tracing.captured_step",
+    "capture": "sam_export.tracing.capture",
+    "export": "sam_export.api",
+    "load": "sam_export.api",
+    "Session": "sam_export.runtime.session",
+    "check_parity": "sam_export.parity.check",
+    "ParityReport": "sam_export.parity.report",
+}
+
+__all__ = [
+    "SAM",
+    "Artifact",
+    "ArtifactError",
+    "CaptureError",
+    "CapturedStep",
+    "LoweringError",
+    "ParityError",
+    "ParityReport",
+    "RuntimeUnavailableError",
+    "SamExportError",
+    "Semantics",
+    "Session",
+    "SessionError",
+    "StepConfigError",
+    "StepResult",
+    "TrainStep",
+    "__version__",
+    "capture",
+    "check_parity",
+    "export",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sam_export' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "onnx", "onnxscript", "onnx_ir"):
+            raise
+        raise RuntimeUnavailableError(
+            f"sam_export.{name} needs the package {error.name!r}, which is not installed here. "
+            "Install sam_export[export] on the machine that exports."
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

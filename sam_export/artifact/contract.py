@@ -1,0 +1,180 @@
+"""The contract of a captured step: every graph input and output by name, role, dtype and shape.
+
+It needs no torch. The capture writes it, the artifact stores it, sessions obey it.
+
+Names. Parameters and buffers keep torch's names (``conv1.weight``); a slot is
+``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); hyper-parameters are
+``hyper.<name>``; the new value of a state tensor is ``next.<name>``; the model's outputs are
+``output``, or ``output.0``, ``output.logits`` where it returns several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sam_export.errors import ArtifactError
+
+Role = Literal[
+    "parameter", "buffer", "slot", "counter", "rng", "hyper", "input", "target", "metric", "output"
+]
+
+NEXT = "next."
+"""Prefix of the output that holds the new value of a state tensor."""
+
+HYPER = "hyper."
+"""Prefix of the graph inputs that are hyper-parameters."""
+
+METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite")
+"""The scalar outputs of ``step``, in order; the fields of `StepResult`."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a graph's signature.
+
+    Attributes:
+        name: Name in the graph; unique among the inputs, and among the outputs.
+        role: What it is for.
+        dtype: NumPy's name of the element type (``float32``, ``int64``, ``bool``).
+        shape: One entry per dimension: a size, or the name of a symbolic size (``"batch"``).
+        parameter: For a slot: the parameter it belongs to.
+        slot: For a slot: its key in ``optimizer.state[parameter]``.
+        eager_dtype: For a slot: its dtype in the eager optimizer where that differs from ``dtype``
+            (scalar slots are float64 in the graph).
+        trainable: For a parameter: whether the step updates it.
+    """
+
+    name: str
+    role: Role
+    dtype: str
+    shape: tuple[int | str, ...]
+    parameter: str | None = None
+    slot: str | None = None
+    eager_dtype: str | None = None
+    trainable: bool = False
+
+    @property
+    def description(self) -> str:
+        """Dtype and shape in one word, as in ``float32[batch, 1, 8, 8]``."""
+        return f"{self.dtype}[{', '.join(str(size) for size in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class HyperSpec:
+    """One hyper-parameter that is a graph input.
+
+    Attributes:
+        name: Keyword of `Session.step` (``lr``); the graph input is ``hyper.lr``, float64[groups].
+        defaults: Value at export time, one per parameter group.
+    """
+
+    name: str
+    defaults: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """One graph over the shared state.
+
+    Attributes:
+        name: ``step``, ``evaluate`` or ``evaluate_loss``.
+        inputs: Names of the graph inputs, in order: state, hyper-parameters, batch.
+        outputs: The graph outputs, in order: metrics, model outputs, new state.
+        feeds: Output name to the name of the state input it replaces.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    feeds: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StepContract:
+    """Names, order, roles, dtypes and shapes of everything that goes in and out of a step.
+
+    Attributes:
+        state: Parameters, then buffers, then slots, in the order of the graph inputs.
+        hyper: Hyper-parameters in the order of the graph inputs.
+        batch: Inputs and targets in the order in which a batch holds them.
+        batch_kind: Whether a batch is a tuple (by position) or a dict (by name).
+        dims: Symbolic size to the smallest value it may take.
+        programs: The graphs, ``step`` first.
+        output_tree: Structure of the model's output (see `artifact.tree`).
+        groups: Names of the parameters of each optimizer parameter group.
+        optimizer: Name of the base optimizer's class, for people.
+    """
+
+    state: tuple[TensorSpec, ...]
+    hyper: tuple[HyperSpec, ...]
+    batch: tuple[TensorSpec, ...]
+    batch_kind: Literal["tuple", "dict"]
+    dims: dict[str, int]
+    programs: tuple[ProgramSpec, ...]
+    output_tree: Any
+    groups: tuple[tuple[str, ...], ...]
+    optimizer: str
+
+    def program(self, name: str) -> ProgramSpec:
+        """The program of that name; `ArtifactError` when there is none."""
+        for program in self.programs:
+            if program.name == name:
+                return program
+        raise ArtifactError(
+            f"No program {name!r} in this step; it has "
+            f"{', '.join(program.name for program in self.programs)}."
+        )
+
+    def inputs_of(self, program: ProgramSpec) -> tuple[TensorSpec, ...]:
+        """The graph inputs of a program as specs, in order."""
+        known = {spec.name: spec for spec in (*self.state, *self.hyper_inputs, *self.batch)}
+        return tuple(known[name] for name in program.inputs)
+
+    @property
+    def hyper_inputs(self) -> tuple[TensorSpec, ...]:
+        """The hyper-parameters as graph inputs: float64[groups] each."""
+        return tuple(
+            TensorSpec(HYPER + spec.name, "hyper", "float64", (len(spec.defaults),))
+            for spec in self.hyper
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StepContract:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ArtifactError: A field is missing, unknown or of another type.
+        """
+        try:
+            return cls(
+                state=_specs(values["state"]),
+                hyper=tuple(
+                    HyperSpec(item["name"], tuple(item["defaults"])) for item in values["hyper"]
+                ),
+                batch=_specs(values["batch"]),
+                batch_kind=values["batch_kind"],
+                dims=dict(values["dims"]),
+                programs=tuple(
+                    ProgramSpec(
+                        item["name"],
+                        tuple(item["inputs"]),
+                        _specs(item["outputs"]),
+                        dict(item["feeds"]),
+                    )
+                    for item in values["programs"]
+                ),
+                output_tree=values["output_tree"],
+                groups=tuple(tuple(group) for group in values["groups"]),
+                optimizer=values["optimizer"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error
+
+
+def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in items)

@@ -1,0 +1,66 @@
+"""What one step reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class DeviceValue:
+    """A value that an engine has computed and that is read when asked for.
+
+    ``float(value)``, ``bool(value)``, ``value.numpy()`` and ``numpy.asarray(value)`` wait for the
+    device and copy. ``raw`` is the engine's own object (an ``OrtValue``, a ``torch.Tensor``).
+    """
+
+    __slots__ = ("_read", "raw")
+
+    def __init__(self, raw: Any, read: Callable[[Any], NDArray[Any]]) -> None:
+        self.raw = raw
+        self._read = read
+
+    def numpy(self) -> NDArray[Any]:
+        """The value as a NumPy array on the host."""
+        return self._read(self.raw)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        del copy  # reading a device value always copies
+        return np.asarray(self.numpy(), dtype=dtype)
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+    def __bool__(self) -> bool:
+        return bool(self.numpy())
+
+    def __repr__(self) -> str:
+        return repr(self.numpy())
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one SAM step.
+
+    Fields stay on the device and stay valid after later steps; ``float(result.loss)`` reads and
+    waits. They are torch tensors from an eager `TrainStep`, `DeviceValue` from a session.
+
+    Attributes:
+        loss: Loss of the ascent pass, at ``w``: the one to log. Scalar.
+        perturbed_loss: Loss of the descent pass, at ``w + eps_w``. Scalar.
+        grad_norm: Global L2 norm of the gradient at ``w``. Scalar.
+        perturbation_norm: Global L2 norm of ``eps_w``. Scalar.
+        finite: Whether both losses and both gradient norms are finite. Scalar bool.
+        outputs: The model's output at ``w`` where the step was captured with
+            ``return_outputs=True``, else None.
+    """
+
+    loss: Any
+    perturbed_loss: Any
+    grad_norm: Any
+    perturbation_norm: Any
+    finite: Any
+    outputs: Any = None

@@ -1,0 +1,72 @@
+"""What one SAM step means where libraries differ silently."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from sam_export.errors import StepConfigError
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """The choices that define one SAM step (section 4 of the design).
+
+    Attributes:
+        running_stats: Which pass updates running statistics (BatchNorm and other buffers):
+            ``"ascent"`` (the pass at ``w`` only, as in the authors' code) or ``"both"`` (what a
+            plain two-pass loop does).
+        randomness: ``"same"``: both passes see the same random draw (dropout masks), so that the
+            perturbation is a step on the function whose gradient follows; ``"fresh"``: each pass
+            draws anew.
+        on_nonfinite: What happens when a loss or a gradient norm of either pass is not finite.
+            ``"skip"``: no state changes and ``StepResult.finite`` is false; ``"raise"``: the same,
+            and an error is raised; ``"ignore"``: the update is applied regardless.
+        decay_in_ascent: Whether ``weight_decay * w`` is part of the gradient that is ascended
+            (the authors' code has the decay inside the loss); the base update decays either way.
+
+    Raises:
+        StepConfigError: A field has a value that is not listed here.
+
+    Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
+        Improving Generalization", 2021, https://arxiv.org/abs/2010.01412
+    """
+
+    running_stats: Literal["ascent", "both"] = "ascent"
+    randomness: Literal["same", "fresh"] = "same"
+    on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
+    decay_in_ascent: bool = False
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            allowed = (True, False) if hints[field.name] is bool else get_args(hints[field.name])
+            if not any(value is choice or value == choice for choice in allowed):
+                raise StepConfigError(
+                    f"Semantics({field.name}={value!r}): expected one of "
+                    f"{', '.join(repr(choice) for choice in allowed)}."
+                )
+
+    @classmethod
+    def eager_loop(cls) -> Semantics:
+        """The semantics of the classic two-pass PyTorch loop, bit for bit.
+
+        Both passes update running statistics, each draws its own dropout masks, and nothing looks
+        at whether the values are finite.
+        """
+        return cls(running_stats="both", randomness="fresh", on_nonfinite="ignore")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Semantics:
+        """The inverse of `to_dict`; an unknown field is an error, since it would change meaning."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise StepConfigError(
+                f"Unknown semantics {', '.join(unknown)}: made by a newer version of sam_export?"
+            )
+        return cls(**values)
