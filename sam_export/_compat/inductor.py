@@ -1,0 +1,84 @@
+"""Files of `torch.export`, and Inductor."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def exported_bytes(program: torch.export.ExportedProgram) -> bytes:
+    """A program as `torch.export.save` writes it, without its example inputs.
+
+    They would hold the whole state once more in every program's file.
+    """
+    examples = program.example_inputs
+    buffer = io.BytesIO()
+    try:
+        program.example_inputs = None
+        torch.export.save(program, buffer)
+    finally:
+        program.example_inputs = examples
+    return buffer.getvalue()
+
+
+def load_exported(path: Path, device: torch.device) -> Callable[..., Sequence[Tensor]]:
+    """The graph of a saved `torch.export` program, without its input guards, on ``device``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
+        program = torch.export.load(path)
+    if device.type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    module: Any = program.module(check_guards=False)
+    return module  # type: ignore[no-any-return]
+
+
+def compiled(function: Callable[..., Any], varying: str, eager_random: bool) -> Callable[..., Any]:
+    """``function`` as one graph under Inductor.
+
+    Dynamo guards every tensor of every call, which takes as long as a small step. Here only the
+    argument ``varying`` (the batch) can change: the session has checked it, owns the rest, and
+    means the same under any ambient setting (autocast, gradient mode).
+
+    Args:
+        function: What to compile.
+        varying: Name of the only argument whose sizes may change from call to call.
+        eager_random: Draw random numbers as eager does.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
+        importlib.import_module("torch._inductor.compile_fx")
+
+    def kept(guards: Sequence[Any]) -> list[bool]:
+        return [
+            guard.guard_type == "SHAPE_ENV"
+            or (guard.guard_type == "TENSOR_MATCH" and guard.name.startswith(f"L['{varying}']"))
+            for guard in guards
+        ]
+
+    # Dynamo keeps compiled code by code object, and these guards do not look at closures: without
+    # a code object of its own, a second session would run the code of the first.
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    options: dict[str, Any] = {"guard_filter_fn": kept, "fallback_random": eager_random}
+    made: Callable[..., Any] = torch.compile(own, fullgraph=True, options=options)  # type: ignore[call-overload]
+    return made
+
+
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Tells Dynamo that a dimension varies from call to call; it has no other name for that."""
+    torch._dynamo.mark_dynamic(tensor, dim)

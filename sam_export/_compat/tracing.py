@@ -1,0 +1,151 @@
+"""Symbolic tracing by `make_fx`, and exported programs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_NN = os.path.join(_TORCH, "nn") + os.sep
+
+
+class _WitnessedEnv(ShapeEnv):
+    """Remembers where a symbolic size was fixed to a number; torch keeps its own frame only."""
+
+    fixed_at: traceback.StackSummary | None = None
+
+    def _set_replacement(self, *args: Any, **kwargs: Any) -> None:
+        if self.fixed_at is None:
+            self.fixed_at = traceback.extract_stack()
+        super()._set_replacement(*args, **kwargs)
+
+
+class FakeInputs:
+    """Fake tensors whose marked dimensions are symbolic, each mark one symbol, all else static.
+
+    `torch.export` does the same for its arguments; it offers no way to share the mode with
+    `make_fx`, whose own symbolic mode makes every size of every tensor symbolic and lets equal
+    sizes share a symbol (a batch of 10 and 10 classes).
+    """
+
+    def __init__(self) -> None:
+        self.shape_env = _WitnessedEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        self._sizes: dict[str, Any] = {}
+
+    def user_guards(self) -> list[tuple[str, str]]:
+        """(condition, location) of every branch on a symbolic size that changes what is computed.
+
+        Branches in torch's shape and layout functions only choose strides; those do not count.
+        """
+        found = []
+        for guard in self.shape_env.guards:
+            location = guard.sloc.framework_loc
+            if not isinstance(location, traceback.FrameSummary):
+                found.append((self._named(guard.expr), str(guard.sloc)))
+            elif not location.filename.startswith(_TORCH) or location.filename.startswith(_NN):
+                where = f"{location.filename}:{location.lineno}, in {location.name}"
+                found.append((self._named(guard.expr), f"{where}: {location.line}"))
+        return found
+
+    @property
+    def fixed_at(self) -> traceback.StackSummary | None:
+        """The stack that first fixed a symbolic size to a number."""
+        return self.shape_env.fixed_at
+
+    def symbols(self) -> dict[str, str]:
+        """Symbol, as it prints, to the name it was given."""
+        return {str(size): name for name, size in self._sizes.items()}
+
+    def _named(self, condition: Any) -> str:
+        names = {size.node.expr: name for name, size in self._sizes.items()}
+        return str(condition.subs(names))
+
+    def fake(self, tensor: Tensor, dims: dict[int, str]) -> Tensor:
+        """A fake of ``tensor``; dimension ``d`` is the symbol ``dims[d]``."""
+        if not dims:
+            return self.mode.from_tensor(tensor, static_shapes=True)
+        shape = [
+            self._size(dims[d], size) if d in dims else size for d, size in enumerate(tensor.shape)
+        ]
+        with self.mode:
+            return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+    def _size(self, name: str, example: int) -> Any:
+        if name not in self._sizes:
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            vector = self.mode.from_tensor(torch.empty(example), symbolic_context=context)
+            self._sizes[name] = vector.shape[0]
+        return self._sizes[name]
+
+
+def trace(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """ATen graph of ``function`` on fake arguments (see `FakeInputs`), with stack traces.
+
+    `torch.export.export` cannot trace `torch.autograd.grad`; `make_fx` can.
+    """
+    with torch.fx.traceback.preserve_node_meta():
+        traced: fx.GraphModule = make_fx(
+            function,
+            tracing_mode="symbolic",
+            record_stack_traces=True,
+            _allow_non_fake_inputs=True,
+        )(*arguments)
+    return traced
+
+
+class Interpreted(torch.nn.Module):
+    """A graph as a module whose re-tracing keeps each node's metadata."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+
+    def forward(self, *arguments: Tensor) -> Any:
+        """Runs the graph node by node."""
+        with torch.fx.traceback.preserve_node_meta():
+            return torch.fx.Interpreter(self.graph_module).run(*arguments)
+
+
+@contextlib.contextmanager
+def without_mkldnn() -> Iterator[None]:
+    """Traces the plain ATen kernels rather than oneDNN's own operators (``mkldnn_rnn_layer``).
+
+    `torch.backends.mkldnn.flags` does this too, but also sets a TF32 flag, with a warning.
+    """
+    old = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(old)
+
+
+def decomposed(
+    program: torch.export.ExportedProgram, targets: Sequence[Any]
+) -> torch.export.ExportedProgram:
+    """``program`` with torch's own decompositions of ``targets`` applied.
+
+    ``torch._decomp`` is where they live; `torch.export.default_decompositions` offers them all or
+    none by name.
+    """
+    table = torch._decomp.get_decompositions(targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
+        result: torch.export.ExportedProgram = program.run_decompositions(table)
+    return result

@@ -1,0 +1,187 @@
+"""The two passes of one SAM step, as a function of named tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_export.artifact.semantics import Semantics
+
+EPSILON = 1e-12
+"""Added to the gradient norm, so that a gradient of zero gives a perturbation of zero."""
+
+Objective = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Tensor, Any]]
+"""(parameters, buffers) -> (scalar loss, model output) on one batch; may update the buffers."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group: names of its parameters and its weight decay."""
+
+    names: tuple[str, ...]
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What both passes give to the base optimizer and to the user.
+
+    Attributes:
+        loss: Scalar loss at ``w``.
+        perturbed_loss: Scalar loss at ``w + eps_w``.
+        grad_norm: Global L2 norm of the gradient at ``w``; scalar, at least float32.
+        perturbation_norm: Global L2 norm of ``eps_w``; scalar, at least float32.
+        finite: Scalar bool: both losses and both gradient norms are finite.
+        gradients: ``g_adv`` by parameter name; a parameter that the loss does not use is absent.
+        buffers: New buffers by name.
+        outputs: The model's output at ``w``, detached.
+    """
+
+    loss: Tensor
+    perturbed_loss: Tensor
+    grad_norm: Tensor
+    perturbation_norm: Tensor
+    finite: Tensor
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    outputs: Any
+
+
+def global_norm(grads: Sequence[Tensor]) -> Tensor:
+    r"""One L2 norm over all gradients: ``sqrt(sum_i ||g_i||_2^2)``.
+
+    Accumulated in at least float32, gathered on the device of the first gradient.
+
+    Args:
+        grads: Tensors of any shapes, floating dtypes and devices.
+
+    Returns:
+        A scalar; its dtype is the widest of the gradients' and float32.
+    """
+    norm: Tensor = torch.linalg.vector_norm(_norms(grads))
+    return norm
+
+
+def _norms(grads: Sequence[Tensor]) -> Tensor:
+    dtype = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
+    return torch.stack(
+        [torch.linalg.vector_norm(g, dtype=dtype).to(grads[0].device) for g in grads]
+    )
+
+
+def two_passes(
+    objective: Objective,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    rho: Sequence[float | Tensor],
+    semantics: Semantics,
+    at: Callable[[str], None] = lambda stage: None,
+) -> Passes:
+    """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
+
+    In the order of computation, ``i`` over the parameters, ``k(i)`` the group of ``i``::
+
+        loss, g  = value and gradient of the objective at w
+        g_i     += weight_decay_k(i) * w_i            # only with semantics.decay_in_ascent
+        norm     = sqrt(sum_i ||g_i||^2)
+        eps_i    = g_i * (rho_k(i) / (norm + 1e-12))
+        perturbed_loss, g_adv = value and gradient of the objective at w + eps
+
+    Args:
+        objective: The loss of one batch as a function of parameters and buffers.
+        parameters: All parameters by name; those in no group are constants.
+        buffers: All buffers by name.
+        groups: The parameters to train.
+        rho: Radius of each group.
+        semantics: Which pass updates the buffers, and whether decay is ascended.
+        at: Told the name of each stage (``ascent``, ``perturb``, ``descent``, ``check``) before it
+            begins.
+
+    Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
+    """
+    names = [name for group in groups for name in group.names]
+    ascent_buffers = {name: value.clone() for name, value in buffers.items()}
+    at("ascent")
+    loss, gradients, outputs = _gradient(objective, parameters, ascent_buffers, names)
+    at("perturb")
+    if semantics.decay_in_ascent:
+        for group in groups:
+            for name in group.names:
+                if name in gradients and group.weight_decay:
+                    gradients[name] = gradients[name].add(
+                        parameters[name], alpha=group.weight_decay
+                    )
+
+    norms = _norms(list(gradients.values()))
+    grad_norm = torch.linalg.vector_norm(norms)
+    perturbed = dict(parameters)
+    scales = [value / (grad_norm + EPSILON) for value in rho]
+    scale_of = {
+        name: scale
+        for group, scale in zip(groups, scales, strict=True)
+        for name in group.names
+        if name in gradients
+    }
+    for name, gradient in gradients.items():
+        perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
+    if len(scales) == 1:
+        perturbation_norm = scales[0] * grad_norm
+    else:
+        perturbation_norm = torch.linalg.vector_norm(
+            norms * torch.stack([scale_of[name] for name in gradients]).to(norms)
+        )
+    del gradients
+
+    at("descent")
+    if semantics.running_stats == "both":
+        descent_buffers = ascent_buffers
+    else:
+        descent_buffers = {name: value.clone() for name, value in ascent_buffers.items()}
+    perturbed_loss, gradients, _ = _gradient(objective, perturbed, descent_buffers, names)
+    at("check")
+    finite = (
+        torch.isfinite(loss)
+        & torch.isfinite(perturbed_loss)
+        & torch.isfinite(grad_norm)
+        & torch.isfinite(global_norm(list(gradients.values())))
+    )
+    return Passes(
+        loss=loss,
+        perturbed_loss=perturbed_loss,
+        grad_norm=grad_norm,
+        perturbation_norm=perturbation_norm.to(grad_norm.dtype),
+        finite=finite,
+        gradients=gradients,
+        buffers=ascent_buffers,
+        outputs=outputs,
+    )
+
+
+def _gradient(
+    objective: Objective,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    names: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor], Any]:
+    with torch.enable_grad():
+        leaves = {name: value.detach() for name, value in parameters.items()}
+        for name in names:
+            leaves[name].requires_grad_()
+        loss, outputs = objective(leaves, buffers)
+        gradients = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+    found = {
+        name: gradient.detach()
+        for name, gradient in zip(names, gradients, strict=True)
+        if gradient is not None
+    }
+    return loss.detach(), found, _detached(outputs)
+
+
+def _detached(outputs: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)

@@ -1,0 +1,192 @@
+"""The eager SAM optimizer: a thin wrapper around a stock base optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_export.errors import StepConfigError
+from sam_export.step.passes import EPSILON, global_norm
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-Aware Minimization over any `torch.optim` base optimizer.
+
+    One step, over all parameters that have a gradient, in all groups::
+
+        g      = gradient of the loss at w
+        eps_w  = rho * g / (||g||_2 + 1e-12)      # one global norm; rho of the parameter's group
+        g_adv  = gradient of the loss at w + eps_w
+        w      = base_optimizer(w, g_adv)          # from exactly the old w
+
+    The parameter groups (and the state) are shared with ``base_optimizer``, so a
+    `torch.optim.lr_scheduler` works on either of the two. Parameters may live on several devices.
+
+    Example::
+
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        loss_fn(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    Args:
+        params: Parameters, or groups of them with their own ``rho``, ``lr``, ``weight_decay``, ...
+        base_optimizer: Class of the base optimizer (``torch.optim.SGD``), not an instance.
+        rho: Radius of the perturbation, at least 0, in units of the weights.
+        **kwargs: Arguments of the base optimizer (``lr``, ``momentum``, ``weight_decay``, ...).
+
+    Raises:
+        StepConfigError: ``rho`` is negative or not a number, or the base optimizer cannot be used.
+            It is a `ValueError`.
+
+    Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
+        Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, eq. 2 and algorithm 1.
+    """
+
+    base_optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer],
+        rho: float = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        _check_base(base_optimizer)
+        super().__init__(params, {**kwargs, "rho": _checked_rho(rho)})
+        for group in self.param_groups:
+            _checked_rho(group["rho"])
+        # The base optimizer keeps the very same group dictionaries and fills in its own defaults.
+        self._share(base_optimizer(self.param_groups, **kwargs))
+        self.defaults = {**self.base_optimizer.defaults, "rho": rho}
+        self._w: dict[Tensor, Tensor] = {}
+
+    def _share(self, base_optimizer: torch.optim.Optimizer) -> None:
+        self.base_optimizer = base_optimizer
+        self.param_groups = base_optimizer.param_groups
+        self.state = base_optimizer.state
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Moves ``w`` to ``w + eps_w`` along the gradient that is there now; keeps ``w``.
+
+        Raises:
+            StepConfigError: No parameter has a gradient, or `first_step` was called twice.
+        """
+        if self._w:
+            raise StepConfigError(
+                "SAM.first_step was called twice without second_step: the weights already stand "
+                "at w + eps_w. Call second_step first."
+            )
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if not grads:
+            raise StepConfigError(
+                "SAM.first_step found no gradient on any parameter. Call loss.backward() first."
+            )
+        norm = global_norm(grads)
+        for group in self.param_groups:
+            scale = group["rho"] / (norm + EPSILON)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                self._w[p] = p.detach().clone()
+                p.add_(p.grad * scale.to(p))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Puts exactly the old ``w`` back and lets the base optimizer step with the gradient.
+
+        Raises:
+            StepConfigError: `first_step` was not called before.
+        """
+        if not self._w:
+            raise StepConfigError("SAM.second_step needs a first_step before it.")
+        for p, w in self._w.items():
+            p.copy_(w)
+        self._w = {}
+        self.base_optimizer.step()
+        # A scheduler that was attached to this object watches for its step().
+        self._opt_called = True
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Both passes; returns the loss of the first one, at ``w``.
+
+        Args:
+            closure: Computes the loss, calls ``backward()`` and returns the loss. It is called
+                twice; gradients are cleared before each call.
+
+        Raises:
+            StepConfigError: No closure was given: one step of SAM needs two gradients.
+        """
+        if closure is None:
+            raise StepConfigError(
+                "SAM.step needs a closure that computes the loss, calls backward() and returns "
+                "the loss, since one step takes two gradients. Or call first_step and second_step."
+            )
+        with torch.enable_grad():
+            self.zero_grad()
+            loss = closure()
+            self.first_step(zero_grad=True)
+            closure()
+            self.second_step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to both optimizers; without its own ``rho`` it takes the default one."""
+        if not hasattr(self, "base_optimizer"):  # while Optimizer.__init__ collects the groups
+            super().add_param_group(param_group)
+            return
+        param_group.setdefault("rho", self.defaults["rho"])
+        _checked_rho(param_group["rho"])
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and groups, ``rho`` included."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores slots and groups in both optimizers; the inverse of `state_dict`."""
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share(self.base_optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "base_optimizer": self.base_optimizer, "_w": self._w}
+
+    def __repr__(self) -> str:
+        groups = "; ".join(
+            f"{len(group['params'])} tensors, rho {group['rho']:g}, lr {float(group['lr']):g}"
+            for group in self.param_groups
+        )
+        return f"SAM({type(self.base_optimizer).__name__}: {groups})"
+
+
+def _checked_rho(rho: Any) -> float:
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not math.isfinite(rho):
+        raise StepConfigError(f"rho={rho!r}: expected a finite number, at least 0.")
+    if rho < 0:
+        raise StepConfigError(f"rho={rho!r}: the radius of the perturbation cannot be negative.")
+    return float(rho)
+
+
+def _check_base(base_optimizer: Any) -> None:
+    if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
+        raise StepConfigError(
+            f"base_optimizer={base_optimizer!r}: expected the class of a torch optimizer, such as "
+            "torch.optim.SGD (not an instance)."
+        )
+    if issubclass(base_optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam, SAM)):
+        raise StepConfigError(
+            f"{base_optimizer.__name__} cannot be the base optimizer of SAM: it needs its own "
+            "closure, or sparse gradients."
+        )

@@ -1,0 +1,286 @@
+"""`TrainStep`: model, loss and SAM optimizer as one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_export.artifact.result import StepResult
+from sam_export.artifact.semantics import Semantics
+from sam_export.errors import StepConfigError
+from sam_export.step.batch import BatchLayout, layout_of, unwrapped
+from sam_export.step.passes import Group, Objective, Passes, two_passes
+from sam_export.step.sam import SAM
+from sam_export.step.update import Slots, apply_update
+
+
+class TrainStep(nn.Module):
+    """One SAM training step of a model: both passes, perturbation and base update.
+
+    Called on a batch it runs the step eagerly, in place, on the model and the optimizer::
+
+        result = step(x, y)
+
+    `pure` is the same step as a function ``(state, hyper, batch) -> (outputs, state)``; `capture`
+    turns that into one graph.
+
+    Args:
+        model: Any module. It runs in the mode (train, eval) that its submodules are in.
+        loss_fn: ``loss_fn(output, *targets)`` gives a scalar. None: the model returns the loss.
+        optimizer: A `SAM` over (some of) the model's parameters; it is the configuration.
+        num_targets: How many entries at the end of a batch go to the loss.
+        semantics: The choices that define a step.
+
+    Raises:
+        StepConfigError: The optimizer is not a `SAM`, has a parameter that is not the model's, or
+            nothing is left to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        optimizer: SAM,
+        num_targets: int = 1,
+        semantics: Semantics | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(optimizer, SAM):
+            raise StepConfigError(
+                f"optimizer is a {type(optimizer).__name__}; expected sam_export.SAM, as in "
+                "SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)."
+            )
+        if num_targets < 0:
+            raise StepConfigError(f"num_targets={num_targets}: it cannot be negative.")
+        self.model = model
+        self.loss_fn = loss_fn
+        self.optimizer = optimizer
+        self.num_targets = num_targets
+        self.semantics = semantics or Semantics()
+        self.group_names()  # refuse a wrong optimizer now rather than at the first step
+
+    def group_names(self) -> list[list[str]]:
+        """Names of the trained parameters, per parameter group of the optimizer.
+
+        A parameter is trained when it is in the optimizer and requires a gradient. A tied
+        parameter occurs once, under its first name.
+
+        Raises:
+            StepConfigError: A parameter of the optimizer is not the model's, or none is trained.
+        """
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        groups = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            for p in group["params"]:
+                if id(p) not in names:
+                    raise StepConfigError(
+                        f"Parameter group {index} of the optimizer holds a tensor of shape "
+                        f"{list(p.shape)} that is no parameter of {type(self.model).__name__}. "
+                        "Make the optimizer from this model's parameters() (a loss with parameters "
+                        "belongs into the model)."
+                    )
+            groups.append([names[id(p)] for p in group["params"] if p.requires_grad])
+        if not any(groups):
+            raise StepConfigError(
+                f"{type(self.model).__name__} has no trainable parameter in the optimizer: every "
+                "one is frozen (requires_grad is False) or missing. There is nothing to train."
+            )
+        return groups
+
+    def groups(self) -> list[Group]:
+        """Names and weight decay of each parameter group."""
+        decays = [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
+        return [
+            Group(tuple(names), float(decay))
+            for names, decay in zip(self.group_names(), decays, strict=True)
+        ]
+
+    def layout(self, batch: Sequence[Any] | Mapping[str, Any]) -> BatchLayout:
+        """How a batch like this one is divided into inputs and targets."""
+        return layout_of(self.model, self.loss_fn, self.num_targets, batch)
+
+    def objective(self, layout: BatchLayout, values: Sequence[Tensor]) -> Objective:
+        """The loss of one batch as a function of parameters and buffers."""
+
+        def evaluate(
+            parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+        ) -> tuple[Tensor, Any]:
+            def model(*args: Any, **kwargs: Any) -> Any:
+                state = {**parameters, **buffers}
+                return torch.func.functional_call(self.model, state, args, kwargs)
+
+            outputs = layout.call(model, values)
+            loss = (
+                outputs
+                if self.loss_fn is None
+                else self.loss_fn(outputs, *values[len(layout.inputs) :])
+            )
+            _check_loss(loss, self.loss_fn is None)
+            return loss, outputs
+
+        return evaluate
+
+    def pure(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        slots: Slots,
+        hyper: Mapping[str, Tensor],
+        layout: BatchLayout,
+        values: Sequence[Tensor],
+        at: Callable[[str], None] = lambda stage: None,
+        watch: Callable[[Tensor], None] = lambda loss: None,
+    ) -> tuple[Passes, dict[str, Tensor], Slots]:
+        """The whole step as a function of its arguments; changes nothing.
+
+        Args:
+            parameters: All parameters by name.
+            buffers: All buffers by name.
+            slots: State of the base optimizer by parameter name and slot key.
+            hyper: ``lr`` and ``rho``: float64[groups].
+            layout: How the batch is divided.
+            values: The batch, in the order of ``layout.names``.
+            at: Told the name of each stage before it begins.
+            watch: Shown the loss of each pass before it is differentiated.
+
+        Returns:
+            Both passes (losses, norms, new buffers), the new parameters and the new slots. They
+            hold the update whether or not ``passes.finite``: what to do then is the caller's part.
+        """
+        groups = self.groups()
+        objective = self.objective(layout, values)
+
+        def watched(
+            parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+        ) -> tuple[Tensor, Any]:
+            loss, outputs = objective(parameters, buffers)
+            watch(loss)
+            return loss, outputs
+
+        with torch.no_grad():
+            passes = two_passes(
+                watched,
+                parameters,
+                buffers,
+                groups,
+                list(hyper["rho"].unbind()),
+                self.semantics,
+                at=at,
+            )
+            at("update")
+            names = [list(group.names) for group in groups]
+            trained = {name: parameters[name] for part in names for name in part}
+            updated, new_slots = apply_update(
+                self.optimizer.base_optimizer,
+                trained,
+                passes.gradients,
+                slots,
+                names,
+                [{"lr": lr} for lr in hyper["lr"].unbind()],
+            )
+        return passes, updated, new_slots
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator,no-untyped-call]
+        reason="TrainStep calls the eager optimizer; use sam_export.capture(step, batch) and "
+        "sam_export.load(captured, target='torch-compile') for a compiled step"
+    )
+    def forward(self, *batch: Any, **named: Any) -> StepResult:
+        """One eager SAM step, in place on the model and the optimizer.
+
+        Args:
+            *batch: Tensors (inputs, then targets), or one dict of tensors.
+            **named: The same as a dict, by keyword.
+
+        Returns:
+            The step's results as tensors.
+
+        Raises:
+            StepConfigError: The batch does not fit, the loss is no scalar, or a value is not
+                finite and ``semantics.on_nonfinite`` is ``"raise"``; nothing has changed then.
+        """
+        given = unwrapped(batch) if batch else named
+        layout = self.layout(given)
+        values = layout.tensors(given)
+        parameters = dict(self.model.named_parameters())
+        buffers = dict(self.model.named_buffers())
+        rewind = _Generators(parameters.values())
+        with torch.no_grad():
+            passes = two_passes(
+                self.objective(layout, values),
+                {name: p.detach() for name, p in parameters.items()},
+                buffers,
+                self.groups(),
+                [group["rho"] for group in self.optimizer.param_groups],
+                self.semantics,
+                at=rewind if self.semantics.randomness == "same" else lambda stage: None,
+            )
+            if self.semantics.on_nonfinite == "ignore" or bool(passes.finite):
+                self._write(parameters, buffers, passes)
+            elif self.semantics.on_nonfinite == "raise":
+                raise StepConfigError(
+                    f"The step is not finite (loss {float(passes.loss):g}, perturbed loss "
+                    f"{float(passes.perturbed_loss):g}, gradient norm "
+                    f"{float(passes.grad_norm):g}); nothing was changed."
+                )
+        return StepResult(
+            loss=passes.loss,
+            perturbed_loss=passes.perturbed_loss,
+            grad_norm=passes.grad_norm,
+            perturbation_norm=passes.perturbation_norm,
+            finite=passes.finite,
+            outputs=passes.outputs,
+        )
+
+    def _write(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], passes: Passes
+    ) -> None:
+        trained = {name for names in self.group_names() for name in names}
+        for name in trained:
+            parameters[name].grad = passes.gradients.get(name)
+        self.optimizer.base_optimizer.step()
+        self.optimizer._opt_called = True
+        for name in trained:
+            parameters[name].grad = None
+        for name, value in buffers.items():
+            value.copy_(passes.buffers[name])
+
+
+class _Generators:
+    """Before the descent pass, puts torch's generators back to where they stood at first."""
+
+    def __init__(self, tensors: Any) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {
+            tensor.device: torch.cuda.get_rng_state(tensor.device)
+            for tensor in tensors
+            if tensor.is_cuda
+        }
+
+    def __call__(self, stage: str) -> None:
+        if stage != "descent":
+            return
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _check_loss(loss: Any, from_model: bool) -> None:
+    source = "The model (loss_fn is None)" if from_model else "loss_fn"
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        found = (
+            f"{loss.dtype} of shape {list(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"a {type(loss).__name__}"
+        )
+        raise StepConfigError(
+            f"{source} returned {found}; a step needs one floating-point scalar. Reduce the loss "
+            "(reduction='mean'), or return only the loss."
+        )
+    if not loss.requires_grad:
+        raise StepConfigError(
+            f"{source} returned a value that depends on no trained parameter; there is nothing to "
+            "differentiate. Is the output detached, or the model under torch.no_grad()?"
+        )

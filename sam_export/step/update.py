@@ -1,0 +1,208 @@
+"""The base optimizer's own update rule as a pure function of named tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sam_export._compat import optimizers
+from sam_export.errors import StepConfigError
+
+Slots = dict[str, dict[str, Tensor]]
+"""Parameter name -> slot key -> value."""
+
+# The for-loop form of torch.optim: plain tensor arithmetic, one parameter after the other.
+_FOR_LOOP = {"foreach": False, "fused": False, "capturable": False}
+
+
+class TensorScalars(TorchFunctionMode):
+    """Lets ``alpha=`` and ``value=`` be tensors.
+
+    ATen takes these as numbers only, so ``p.add_(d, alpha=-lr)`` with a tensor ``lr`` would read
+    it into Python and bake its value into the graph. Inside this mode it becomes
+    ``p.add_(d * -lr)``, which is the same product: ATen multiplies in the operand's dtype too.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Rewrites a call whose ``alpha`` or ``value`` is a tensor."""
+        kwargs = kwargs or {}
+        name = func.__name__.rstrip("_")
+        if isinstance(kwargs.get("alpha"), Tensor) and name in ("add", "sub"):
+            alpha = kwargs.pop("alpha")
+            return func(args[0], args[1] * alpha.to(args[1]), **kwargs)
+        if isinstance(kwargs.get("value"), Tensor) and name in ("addcmul", "addcdiv"):
+            value = kwargs.pop("value")
+            return func(args[0], args[1] * value.to(args[1]), args[2], **kwargs)
+        return func(*args, **kwargs)
+
+
+def rebuilt(
+    base: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    groups: Sequence[Sequence[str]],
+    slots: Slots,
+    overrides: Sequence[Mapping[str, Any]],
+) -> torch.optim.Optimizer:
+    """A copy of ``base`` over other tensors: same class, same options, no hooks, its own state.
+
+    Args:
+        base: The optimizer to imitate; it is not changed.
+        parameters: Tensors by name.
+        groups: Names of the parameters of each group.
+        slots: State to start from.
+        overrides: Options to replace in each group (``{"lr": tensor}``).
+    """
+    twin = object.__new__(type(base))
+    twin.__dict__.update(base.__dict__)
+    twin.__dict__.pop("step", None)  # a scheduler binds its own step to the instance
+    twin.param_groups = [
+        {
+            **{key: copy.copy(value) for key, value in group.items() if key != "params"},
+            **{key: value for key, value in _FOR_LOOP.items() if key in group},
+            **override,
+            "params": [parameters[name] for name in names],
+        }
+        for group, names, override in zip(base.param_groups, groups, overrides, strict=True)
+    ]
+    twin.state = defaultdict(dict)
+    for name, entries in slots.items():
+        twin.state[parameters[name]] = dict(entries)
+    return twin
+
+
+def apply_update(
+    base: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    slots: Slots,
+    groups: Sequence[Sequence[str]],
+    hyper: Sequence[Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], Slots]:
+    """New parameters and slots after one ``step`` of the base optimizer; pure.
+
+    Args:
+        base: Any `torch.optim.Optimizer`: its own ``step`` runs, on copies.
+        parameters: Trained parameters by name.
+        gradients: Gradients by name; a parameter without one stays as it is.
+        slots: Optimizer state by parameter name and slot key.
+        groups: Names of the parameters of each group.
+        hyper: Tensor-valued options of each group (``lr``), float64 scalars.
+    """
+    copies = {name: value.clone() for name, value in parameters.items()}
+    state = {
+        name: {key: value.clone() for key, value in entries.items()}
+        for name, entries in slots.items()
+    }
+    twin = rebuilt(base, copies, groups, state, hyper)
+    for name, gradient in gradients.items():
+        copies[name].grad = gradient
+    with torch.no_grad(), optimizers.as_if_compiling(), TensorScalars():
+        type(base).step(twin)
+    return copies, {name: dict(twin.state[copies[name]]) for name in slots}
+
+
+def initial_slots(
+    base: torch.optim.Optimizer, named: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
+) -> Slots:
+    """The slots that ``base`` starts from, for every parameter in ``groups``.
+
+    State that is there already is taken. Otherwise the optimizer makes its own (some slots do not
+    start at zero); a slot that it only makes inside its first ``step`` starts at zero, and a trial
+    step on random gradients has to show that this gives the same result bit for bit.
+
+    Args:
+        base: The base optimizer; it is not changed.
+        named: Parameters by name.
+        groups: Names of the parameters that get a gradient, per group.
+
+    Raises:
+        StepConfigError: A slot is not a tensor, or the zero start is not exact.
+    """
+    present = [name for names in groups for name in names if base.state.get(named[name])]
+    if present:
+        return _present(base, named, groups)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {
+        name: torch.randn(named[name].shape, generator=generator).to(named[name])
+        for names in groups
+        for name in names
+    }
+    made = _after(base, named, groups, gradients, {}, only_init=True)[1]
+    stepped, lazy = _after(base, named, groups, gradients, {})
+    start: Slots = {}
+    for name, entries in lazy.items():
+        _check_tensors(base, name, entries)
+        start[name] = {
+            key: made.get(name, {}).get(key, torch.zeros_like(value))
+            for key, value in entries.items()
+        }
+    again, slots = _after(base, named, groups, gradients, start)
+    for name in stepped:
+        same = torch.equal(again[name], stepped[name]) and all(
+            torch.equal(slots[name][key], value) for key, value in lazy[name].items()
+        )
+        if not same:
+            raise StepConfigError(
+                f"{type(base).__name__} treats its first step specially ({name}: "
+                f"{', '.join(lazy[name])} made in that step do not start at zero; for SGD this is "
+                "dampening != 0). Take one eager step before capturing, or drop that option."
+            )
+    return start
+
+
+def _after(
+    base: torch.optim.Optimizer,
+    named: Mapping[str, Tensor],
+    groups: Sequence[Sequence[str]],
+    gradients: Mapping[str, Tensor],
+    slots: Slots,
+    only_init: bool = False,
+) -> tuple[dict[str, Tensor], Slots]:
+    copies = {name: named[name].detach().clone() for names in groups for name in names}
+    start = {
+        name: {key: value.clone() for key, value in entries.items()}
+        for name, entries in slots.items()
+    }
+    twin = rebuilt(base, copies, groups, start, [{} for _ in groups])
+    for name, copied in copies.items():
+        copied.grad = gradients[name].clone()
+    if only_init:
+        for group in twin.param_groups:
+            optimizers.init_group(twin, group)
+    else:
+        type(base).step(twin)
+    return copies, {name: dict(twin.state[copied]) for name, copied in copies.items()}
+
+
+def _present(
+    base: torch.optim.Optimizer, named: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
+) -> Slots:
+    slots: Slots = {}
+    for names in groups:
+        for name in names:
+            entries = base.state.get(named[name])
+            if not entries:
+                raise StepConfigError(
+                    f"{type(base).__name__} holds state for some parameters but not for {name!r}. "
+                    "Take one step in which every trained parameter has a gradient, or none."
+                )
+            _check_tensors(base, name, entries)
+            slots[name] = {key: value.detach().clone() for key, value in entries.items()}
+    return slots
+
+
+def _check_tensors(base: torch.optim.Optimizer, name: str, entries: Mapping[str, Any]) -> None:
+    for key, value in entries.items():
+        if not isinstance(value, Tensor):
+            raise StepConfigError(
+                f"{type(base).__name__} keeps state[{name!r}][{key!r}] as a "
+                f"{type(value).__name__}; only tensors can be part of a graph's state."
+            )
