@@ -1,0 +1,308 @@
+"""`capture`: a `TrainStep` as named functional graphs with one contract."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_export._compat import origins, tracing
+from sam_export.artifact import tree
+from sam_export.artifact.contract import (
+    HYPER,
+    METRICS,
+    NEXT,
+    HyperSpec,
+    ProgramSpec,
+    Role,
+    StepContract,
+    TensorSpec,
+)
+from sam_export.errors import CaptureError
+from sam_export.step.batch import BatchLayout, unwrapped
+from sam_export.step.train_step import TrainStep
+from sam_export.tracing.captured_step import CapturedStep
+from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
+from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
+from sam_export.tracing.randomness import random_nodes, share_draws
+from sam_export.tracing.state import StateLayout, accepts, dtype_name, state_layout
+from sam_export.tracing.trace import exported, traced
+
+
+def capture(
+    step: TrainStep,
+    example_batch: Sequence[Any] | Mapping[str, Any],
+    dynamic: Dynamic = "batch",
+    *,
+    return_outputs: bool = False,
+    portable: bool = True,
+) -> CapturedStep:
+    """Traces one whole SAM step into one functional ATen graph.
+
+    The model, the optimizer and torch's generators are left as they were.
+
+    Args:
+        step: The step to capture. Its model must be in training mode; submodules that were put
+            into eval mode (frozen BatchNorm) stay in it.
+        example_batch: A batch as the step takes it; only names, dtypes and shapes matter.
+        dynamic: Which sizes stay symbolic: ``"batch"`` (dimension 0 of every tensor), None, or
+            per input ``{"x": {0: "batch", 1: "time"}}``.
+        return_outputs: Whether the step also returns the model's output at ``w``.
+        portable: True keeps to operators that every target can express (the math form of
+            attention, no CPU-only fused kernels); False keeps eager's own kernels.
+
+    Returns:
+        The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``.
+
+    Raises:
+        StepConfigError: The batch, the loss or the optimizer do not make a step.
+        CaptureError: The model branches on values, reads them into Python, or cannot be traced.
+    """
+    if not step.model.training:
+        raise CaptureError(
+            f"{type(step.model).__name__} is in eval mode; a training step would have no dropout "
+            "and frozen BatchNorm. Call model.train() before capture."
+        )
+    batch = unwrapped(example_batch)
+    layout = step.layout(batch)
+    values = layout.tensors(batch)
+    dims = dims_of(dynamic, layout.names, values)
+    values = at_least_two(values, dims)
+    with _kernels(portable):
+        state = state_layout(step, layout, values)
+        return _Capture(step, layout, values, dims, state, return_outputs, portable).run()
+
+
+Produced = tuple[str, Role, Tensor]
+"""One output of a traced function: its name, role and (fake) value."""
+
+
+class _Capture:
+    """One capture: the arguments, in one place, of the three programs."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        layout: BatchLayout,
+        values: list[Tensor],
+        dims: list[dict[int, str]],
+        state: StateLayout,
+        return_outputs: bool,
+        portable: bool,
+    ) -> None:
+        self.step = step
+        self.layout = layout
+        self.values = values
+        self.dims = dims
+        self.state = state
+        self.return_outputs = return_outputs
+        self.portable = portable
+        groups = step.optimizer.param_groups
+        self.hyper = tuple(
+            HyperSpec(name, tuple(float(group[name]) for group in groups)) for name in ("lr", "rho")
+        )
+        self.output_tree: Any = None
+        self.programs: dict[str, torch.export.ExportedProgram] = {}
+        self.specs: list[ProgramSpec] = []
+
+    def run(self) -> CapturedStep:
+        batch = tuple(
+            TensorSpec(
+                name,
+                "input" if name in self.layout.inputs else "target",
+                dtype_name(name, value),
+                tuple(marks.get(d, size) for d, size in enumerate(value.shape)),
+            )
+            for name, value, marks in zip(self.layout.names, self.values, self.dims, strict=True)
+        )
+        model_state = [spec for spec in self.state.specs if spec.role != "slot"]
+        with _eval_mode(self.step.model):
+            self._trace("evaluate", model_state, (), self._evaluate, len(self.layout.inputs))
+            self._trace("evaluate_loss", model_state, (), self._evaluate_loss, len(batch))
+        graph = self._trace("step", self.state.specs, self.hyper, self._step, len(batch))
+        contract = StepContract(
+            state=self.state.specs,
+            hyper=self.hyper,
+            batch=batch,
+            batch_kind=self.layout.kind,
+            dims=self._smallest(),
+            programs=tuple(reversed(self.specs)),
+            output_tree=self.output_tree,
+            groups=tuple(tuple(group.names) for group in self.step.groups()),
+            optimizer=type(self.step.optimizer.base_optimizer).__name__,
+        )
+        program = contract.program("step")
+        refuse_wrong_flow(
+            graph.graph, program.inputs, [spec.name for spec in program.outputs], contract
+        )
+        return CapturedStep(
+            contract=contract,
+            semantics=self.step.semantics,
+            programs=dict(reversed(self.programs.items())),
+            state={name: value.numpy() for name, value in self.state.values.items()},
+            random_ops=tuple(str(node.target) for node in random_nodes(graph.graph)),
+            portable=self.portable,
+        )
+
+    # -- the three functions that are traced: flat tensors by name -> (name, role, tensor) --------
+
+    def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
+        outputs = self.layout.call(
+            lambda *args, **kwargs: torch.func.functional_call(
+                self.step.model, self._model_state(given), args, kwargs
+            ),
+            [given[name] for name in self.layout.inputs],
+        )
+        leaves, self.output_tree = tree.flatten(outputs)
+        return [(name, "output", leaf) for name, leaf in leaves]
+
+    def _evaluate_loss(self, given: Mapping[str, Tensor]) -> list[Produced]:
+        objective = self.step.objective(self.layout, [given[name] for name in self.layout.names])
+        parameters, buffers = self.state.split(given)
+        with torch.enable_grad():  # the objective checks that the loss depends on a parameter
+            leaves = {name: value.detach() for name, value in parameters.items()}
+            for name in self.state.trained:
+                leaves[name].requires_grad_()
+            loss, _ = objective(leaves, {name: value.clone() for name, value in buffers.items()})
+        return [("loss", "metric", loss.detach())]
+
+    def _step(self, given: Mapping[str, Tensor]) -> list[Produced]:
+        paths = origins.ModulePaths(self.step.model)
+        parameters, buffers = self.state.split(given)
+        with paths.recording():
+            passes, updated, slots = self.step.pure(
+                parameters,
+                buffers,
+                self.state.slots(given),
+                {spec.name: given[HYPER + spec.name] for spec in self.hyper},
+                self.layout,
+                [given[name] for name in self.layout.names],
+                at=paths.at,
+                watch=paths.watch,
+            )
+        result: list[Produced] = [(name, "metric", getattr(passes, name)) for name in METRICS]
+        if self.return_outputs:
+            result += [(name, "output", leaf) for name, leaf in tree.flatten(passes.outputs)[0]]
+        after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
+        return result + [
+            (NEXT + spec.name, spec.role, after[spec.name]) for spec in self.state.specs
+        ]
+
+    def _model_state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parameters, buffers = self.state.split(given)
+        return {**parameters, **{name: value.clone() for name, value in buffers.items()}}
+
+    # -- tracing ----------------------------------------------------------------------------------
+
+    def _trace(
+        self,
+        name: str,
+        state: Sequence[TensorSpec],
+        hyper: Sequence[HyperSpec],
+        function: Callable[[Mapping[str, Tensor]], list[Produced]],
+        batch_count: int,
+    ) -> torch.fx.GraphModule:
+        names = [spec.name for spec in state] + [HYPER + spec.name for spec in hyper]
+        arguments = [self.state.values[spec.name] for spec in state] + [
+            torch.tensor(spec.defaults, dtype=torch.float64) for spec in hyper
+        ]
+        marks: list[dict[int, str]] = [{} for _ in names]
+        names += self.layout.names[:batch_count]
+        arguments += self.values[:batch_count]
+        marks += self.dims[:batch_count]
+        produced: list[Produced] = []
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            produced[:] = function(dict(zip(names, tensors, strict=True)))
+            return [tensor for _, _, tensor in produced]
+
+        graph_module, symbols = traced(flat, arguments, marks)
+        if name == "step" and self.step.semantics.randomness == "same":
+            share_draws(graph_module)
+        refuse_mutation(graph_module.graph)
+        kept = _drop_unchanged(graph_module, names, [name for name, _, _ in produced])
+        program = exported(graph_module, arguments, marks)
+        refuse_mutation(program.graph)
+        outputs = [
+            TensorSpec(output, role, dtype_name(output, tensor), _shape(tensor, symbols))
+            for (output, role, tensor), keep in zip(produced, kept, strict=True)
+            if keep
+        ]
+        feeds = {
+            spec.name: spec.name[len(NEXT) :] for spec in outputs if spec.name.startswith(NEXT)
+        }
+        self._check_feeds(outputs, feeds)
+        self.programs[name] = program
+        self.specs.append(ProgramSpec(name, tuple(names), tuple(outputs), feeds))
+        return graph_module
+
+    def _check_feeds(self, outputs: Sequence[TensorSpec], feeds: Mapping[str, str]) -> None:
+        state = {spec.name: spec for spec in self.state.specs}
+        for spec in outputs:
+            if spec.name in feeds:
+                before = state[feeds[spec.name]]
+                if (before.dtype, before.shape) != (spec.dtype, spec.shape):
+                    raise CaptureError(
+                        f"One step turns state {before.name!r} from {before.description} into "
+                        f"{spec.description}; the next step could not take it."
+                    )
+
+    def _smallest(self) -> dict[str, int]:
+        """The smallest size that each symbol may take: 2 where the model refuses 1 (BatchNorm)."""
+        smallest = {}
+        for symbol in sorted({symbol for marks in self.dims for symbol in marks.values()}):
+            values = [
+                value.narrow(d, 0, 1) if marks.get(d) == symbol else value
+                for value, marks in zip(self.values, self.dims, strict=True)
+                for d in [next((d for d, name in marks.items() if name == symbol), 0)]
+            ]
+            smallest[symbol] = 1 if accepts(self.step, self.layout, self.state, values) else 2
+        return smallest
+
+
+def _drop_unchanged(
+    graph_module: torch.fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]
+) -> list[bool]:
+    """Removes new-state outputs that are just their input; says which outputs are kept."""
+    graph = graph_module.graph
+    placeholders = dict(zip(inputs, graph.find_nodes(op="placeholder"), strict=True))
+    (result,) = graph.find_nodes(op="output")
+    kept = [
+        not (name.startswith(NEXT) and value is placeholders[name[len(NEXT) :]])
+        for name, value in zip(outputs, result.args[0], strict=True)
+    ]
+    result.args = ([value for value, keep in zip(result.args[0], kept, strict=True) if keep],)
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+    return kept
+
+
+def _shape(tensor: Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:
+    return tuple(
+        size if isinstance(size, int) else symbols.get(str(size), str(size))
+        for size in tensor.shape
+    )
+
+
+@contextlib.contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _kernels(portable: bool) -> Iterator[None]:
+    if not portable:
+        yield
+        return
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math, tracing.without_mkldnn():
+        yield

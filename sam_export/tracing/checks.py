@@ -1,0 +1,70 @@
+"""What a captured graph must satisfy, whatever made it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from sam_export.artifact.contract import StepContract
+from sam_export.errors import CaptureError
+
+
+def refuse_mutation(graph: fx.Graph) -> None:
+    """Every operator leaves its inputs alone.
+
+    Raises:
+        CaptureError: An operator's schema says that it writes to an argument, or it is
+            ``native_batch_norm`` in training, which does so without saying.
+    """
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        silent = node.target is torch.ops.aten.native_batch_norm.default and bool(node.args[5])
+        if node.target._schema.is_mutable or silent:
+            raise CaptureError(
+                f"Operator {node.target} ({node.name}) changes its input in place, which a "
+                f"functional graph may not hold.\n{node.meta.get('stack_trace') or ''}"
+            )
+
+
+def refuse_wrong_flow(
+    graph: fx.Graph, inputs: Sequence[str], outputs: Sequence[str], contract: StepContract
+) -> None:
+    """The graph holds two passes: what depends on what is as one SAM step has it.
+
+    The loss comes before the perturbation, so it depends on no hyper-parameter; the perturbed loss
+    depends on ``rho``; each new trained parameter depends on ``rho``, on ``lr`` and on the batch.
+
+    Raises:
+        CaptureError: Naming the first output for which that does not hold.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    position = {node: index for index, node in enumerate(placeholders)}
+    (result,) = graph.find_nodes(op="output")
+    reached: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        mask = 1 << position[node] if node in position else 0
+        for source in node.all_input_nodes:
+            mask |= reached[source]
+        reached[node] = mask
+    bit = {name: 1 << index for index, name in enumerate(inputs)}
+    batch = sum(bit[spec.name] for spec in contract.batch)
+    depends: Mapping[str, int] = {
+        name: reached[node] for name, node in zip(outputs, result.args[0], strict=True)
+    }
+
+    def need(name: str, sources: int, what: str) -> None:
+        if not depends[name] & sources:
+            raise CaptureError(f"Output {name!r} of the captured step does not depend on {what}.")
+
+    if depends["loss"] & (bit["hyper.rho"] | bit["hyper.lr"]):
+        raise CaptureError("The loss of the captured step depends on a hyper-parameter.")
+    need("loss", batch, "the batch")
+    need("perturbed_loss", bit["hyper.rho"], "rho")
+    for spec in contract.state:
+        if spec.role == "parameter" and spec.trainable:
+            need(f"next.{spec.name}", bit["hyper.rho"], "rho: the second pass is missing")
+            need(f"next.{spec.name}", bit["hyper.lr"], "lr: the base update is missing")
+            need(f"next.{spec.name}", batch, "the batch")

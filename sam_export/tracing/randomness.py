@@ -1,0 +1,110 @@
+"""Random operators of a captured step: finding them, and giving both passes the same draw."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from sam_export._compat import origins
+from sam_export.errors import CaptureError
+
+
+def random_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that draw random numbers, in order of execution."""
+    return [
+        node
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    ]
+
+
+_ATEN = torch.ops.aten
+
+_PURE_DRAWS = frozenset(
+    (
+        "bernoulli.p",
+        "exponential",
+        "normal_functional",
+        "rand",
+        "rand_like",
+        "randint",
+        "randint.low",
+        "randint_like",
+        "randint_like.low_dtype",
+        "randn",
+        "randn_like",
+        "randperm",
+        "uniform",
+    )
+)
+"""Random operators whose result depends on the generator and on shapes, on no tensor's values."""
+
+
+def share_draws(graph_module: fx.GraphModule) -> None:
+    """Makes the descent pass use the random draws of the ascent pass.
+
+    Both passes run the same forward, so they hold the same random operators in the same order; the
+    draw of the k-th one of the second pass becomes that of the k-th one of the first.
+
+    Raises:
+        CaptureError: The passes do not draw alike, or an operator mixes its draw with values.
+    """
+    graph = graph_module.graph
+    stages: dict[str, list[fx.Node]] = {"ascent": [], "descent": []}
+    for node in random_nodes(graph):
+        stages.setdefault(origins.stage_of(node), []).append(node)
+    first, second = stages.pop("ascent"), stages.pop("descent")
+    if any(stages.values()) or [n.target for n in first] != [n.target for n in second]:
+        raise CaptureError(
+            "The two passes do not draw random numbers alike (ascent: "
+            f"{', '.join(str(n.target) for n in first) or 'nothing'}; descent: "
+            f"{', '.join(str(n.target) for n in second) or 'nothing'}), so they cannot share them. "
+            'Capture with Semantics(randomness="fresh").'
+        )
+    for drawn, again in zip(first, second, strict=True):
+        if _name(again) == "native_dropout":
+            _share_dropout(graph, drawn, again)
+        elif _name(again) in _PURE_DRAWS:
+            again.replace_all_uses_with(drawn)
+        else:
+            raise CaptureError(
+                f"{again.target} draws from the values that it is given, so the draw of the first "
+                'pass cannot be used in the second. Capture with Semantics(randomness="fresh").'
+                f"\n{again.meta.get('stack_trace') or ''}"
+            )
+        graph.erase_node(again)
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _share_dropout(graph: fx.Graph, drawn: fx.Node, again: fx.Node) -> None:
+    """``native_dropout(x, p, train) -> (x * mask / (1 - p), mask)`` with the mask of ``drawn``.
+
+    Replacing its whole result would also replace the activations by those of the first pass.
+    """
+    x, p, _ = again.args
+    assert isinstance(x, fx.Node)
+    (mask,) = (user for user in _results(drawn) if user.args[1] == 1)
+    scale = 0.0 if p == 1 else 1.0 / (1.0 - float(p))  # type: ignore[arg-type]
+    with graph.inserting_before(again):
+        cast = graph.call_function(_ATEN._to_copy.default, (mask,), {"dtype": x.meta["val"].dtype})
+        kept = graph.call_function(_ATEN.mul.Tensor, (x, cast))
+        output = graph.call_function(_ATEN.mul.Tensor, (kept, scale))
+    for node in (cast, kept, output):
+        node.meta = {**again.meta, "val": x.meta["val"]}
+    for user in _results(again):
+        user.replace_all_uses_with(mask if user.args[1] == 1 else output)
+        graph.erase_node(user)
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """The ``getitem`` nodes of an operator with several results."""
+    return [user for user in node.users if user.target is operator.getitem]
+
+
+def _name(node: fx.Node) -> str:
+    """``bernoulli.p``; without the overload where it is the default one."""
+    return str(node.target).removeprefix("aten.").removesuffix(".default")

@@ -1,0 +1,150 @@
+"""The models have the architecture they claim, and their recipes can be repeated exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models import digits_cnn, mlp, wide_resnet
+from models.digits import iterate, load_digits
+
+SMALL_WRN: dict[str, Any] = {"depth": 10, "width": 1, "image_size": 8, "batch_size": 4}
+
+RECIPES = [
+    pytest.param(mlp.recipe, {}, (32, 64), id="mlp"),
+    pytest.param(digits_cnn.recipe, {}, (32, 1, 8, 8), id="digits_cnn"),
+    pytest.param(wide_resnet.recipe, SMALL_WRN, (4, 3, 8, 8), id="wide_resnet"),
+]
+
+
+@pytest.mark.parametrize(("depth", "width", "expected"), [(16, 4, 2_748_890), (28, 10, 36_479_194)])
+def test_wide_resnet_has_as_many_parameters_as_the_paper_says(
+    depth: int, width: int, expected: int
+) -> None:
+    # Table 1 of the paper: 2.7 M and 36.5 M; the exact counts follow from its architecture.
+    with torch.device("meta"):
+        model = wide_resnet.WideResNet(depth, width)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_wide_resnet_refuses_a_depth_that_it_cannot_have() -> None:
+    with pytest.raises(ValueError, match=r"depth=20.*6n \+ 4"):
+        wide_resnet.WideResNet(depth=20)
+
+
+def test_wide_resnet_halves_the_image_twice() -> None:
+    model = wide_resnet.WideResNet(10, 2, in_channels=1, num_classes=7).eval()
+    sizes: list[tuple[int, ...]] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _m, _i, out: sizes.append(tuple(out.shape)))
+    logits = model(torch.zeros(2, 1, 16, 16))
+    assert sizes == [(2, 32, 16, 16), (2, 64, 8, 8), (2, 128, 4, 4)]
+    assert logits.shape == (2, 7)
+
+
+def test_a_block_that_changes_nothing_is_added_to_its_input() -> None:
+    block = wide_resnet.WideBlock(4, 4, stride=1, dropout=0.0)
+    torch.nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_dropout_of_a_block_acts_in_training_only() -> None:
+    block = wide_resnet.WideBlock(4, 4, stride=1, dropout=0.5)
+    x = torch.randn(2, 4, 8, 8)
+    assert not torch.equal(block(x), block(x))
+    block.eval()
+    assert torch.equal(block(x), block(x))
+
+
+def test_digits_cnn_has_the_sizes_it_documents() -> None:
+    model = digits_cnn.DigitsCNN(channels=16).eval()
+    sizes: list[tuple[int, ...]] = []
+    for layer in (model.conv1, model.conv2, model.conv3, model.pool):
+        layer.register_forward_hook(lambda _m, _i, out: sizes.append(tuple(out.shape[1:])))
+    assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    assert sizes == [(16, 8, 8), (32, 4, 4), (32, 4, 4), (32, 2, 2)]
+
+
+@pytest.mark.parametrize(("recipe", "options", "shape"), RECIPES)
+def test_recipe_gives_a_step_and_eight_batches_of_the_documented_shape(
+    recipe: Any, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    step, batches = recipe(**options)
+    assert len(batches) == 8
+    assert {tuple(x.shape) for x, _ in batches} == {shape}
+    assert {y.dtype for _, y in batches} == {torch.int64}
+    assert step.model(batches[0][0]).shape == (shape[0], 10)
+    assert step.optimizer.param_groups[0]["rho"] == 0.05
+
+
+@pytest.mark.parametrize(("recipe", "options", "shape"), RECIPES)
+def test_recipe_is_repeatable_and_leaves_the_global_generator_alone(
+    recipe: Any, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    del shape
+    before = torch.get_rng_state()
+    first, first_batches = recipe(seed=3, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    second, second_batches = recipe(seed=3, **options)
+    other, other_batches = recipe(seed=4, **options)
+    weights, again = first.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not all(torch.equal(weights[k], v) for k, v in other.model.state_dict().items())
+    assert torch.equal(first_batches[0][0], second_batches[0][0])
+    assert not torch.equal(first_batches[0][0], other_batches[0][0])
+
+
+@pytest.mark.parametrize(("recipe", "options", "shape"), RECIPES)
+def test_recipe_in_float64_has_no_float32_left(
+    recipe: Any, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    del shape
+    step, batches = recipe(dtype="float64", **options)
+    tensors = [*step.model.parameters(), *step.model.buffers(), *(x for x, _ in batches)]
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
+def test_a_few_steps_of_every_optimizer_lower_the_loss(optimizer: str) -> None:
+    step, batches = digits_cnn.recipe(optimizer=optimizer, channels=4, num_batches=1)
+    losses = [float(step(*batches[0]).loss) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def test_recipe_names_the_optimizers_it_knows() -> None:
+    with pytest.raises(ValueError, match=r"optimizer='lion'.*adam, adamw, nesterov, rmsprop, sgd"):
+        mlp.recipe(optimizer="lion")
+
+
+def test_digits_are_split_without_overlap_or_loss() -> None:
+    digits = load_digits(seed=1)
+    assert len(digits.train_x) == 1438
+    assert len(digits.test_x) == 359
+    everything = np.concatenate([digits.train_y, digits.test_y])
+    # The known class counts of the data set: nothing lost, nothing twice.
+    assert np.bincount(everything).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert digits.train_x.dtype == np.float32
+    assert digits.train_x.min() == 0.0
+    assert digits.train_x.max() == 1.0
+
+
+def test_images_stay_with_their_labels() -> None:
+    one, other = load_digits(seed=1), load_digits(seed=2)
+
+    def labels_by_image(digits: Any) -> dict[bytes, int]:
+        x = np.concatenate([digits.train_x, digits.test_x])
+        y = np.concatenate([digits.train_y, digits.test_y])
+        return {image.tobytes(): int(label) for image, label in zip(x, y, strict=True)}
+
+    assert labels_by_image(one) == labels_by_image(other)
+    assert not np.array_equal(one.train_y, other.train_y)
+
+
+def test_iterate_ends_with_the_smaller_batch() -> None:
+    x, y = np.arange(10.0), np.arange(10)
+    assert [len(part) for part, _ in iterate(x, y, 4)] == [4, 4, 2]
+    assert np.array_equal(np.concatenate([part for part, _ in iterate(x, y, 4)]), x)
