@@ -1,0 +1,82 @@
+"""`export` and `load`: where lowering and running meet."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from typing import TYPE_CHECKING
+
+from sam_export.artifact.folder import Artifact, open_artifact, write_artifact
+from sam_export.errors import SessionError
+from sam_export.runtime.engines import open_session
+from sam_export.runtime.session import Session
+
+if TYPE_CHECKING:
+    from sam_export.tracing.captured_step import CapturedStep
+
+
+def export(
+    captured: CapturedStep,
+    path: str | os.PathLike[str],
+    target: str = "onnx",
+    overwrite: bool = False,
+) -> Artifact:
+    """Lowers a captured step to ``target`` and writes it as a folder.
+
+    Args:
+        captured: What `capture` returned.
+        path: The folder to make. It appears only when it is complete.
+        target: ``onnx`` or ``torch-compile``.
+        overwrite: Whether an artifact that is there already may be replaced.
+
+    Raises:
+        LoweringError: The target cannot express the step; nothing is written.
+        ArtifactError: The folder exists, or cannot be written.
+    """
+    from sam_export.lower.registry import lower
+
+    return write_artifact(lower(captured, target), path, overwrite=overwrite)
+
+
+def load(
+    source: CapturedStep | str | os.PathLike[str],
+    device: str = "cpu",
+    target: str | None = None,
+    threads: int | None = None,
+) -> Session:
+    """A session with the artifact's initial state, ready to step.
+
+    Args:
+        source: Folder of an artifact, or a captured step (which is then lowered to ``target`` into
+            a temporary folder and loaded from there: what runs is what would be shipped).
+        device: ``cpu``, ``cuda`` or ``cuda:<index>``. It is never silently another one.
+        target: Needed for a captured step only; a folder knows its own.
+        threads: Threads of one operator; None leaves the runtime's choice.
+
+    Raises:
+        ArtifactError: The folder is missing, damaged, or of another version.
+        RuntimeUnavailableError: The runtime or the device is not on this machine.
+        SessionError: ``target`` is missing for a captured step, or not the folder's.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        artifact = open_artifact(source)
+        if target not in (None, artifact.target):
+            raise SessionError(
+                f"{source} is an artifact of target {artifact.target!r}, not {target!r}."
+            )
+        return open_session(artifact, device, threads)
+    if target is None:
+        raise SessionError(
+            "load(captured) needs the target to run it as, such as target='torch-compile'."
+        )
+    folder = tempfile.mkdtemp(prefix="sam_export-")
+    try:
+        artifact = export(source, os.path.join(folder, "step"), target)
+        session = open_session(artifact, device, threads)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(session, shutil.rmtree, folder, ignore_errors=True)
+    return session

@@ -1,0 +1,84 @@
+"""Target ``onnx``: the step in standard ONNX operators, for ONNX Runtime without torch."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from sam_export._version import __version__
+from sam_export.artifact.contract import ProgramSpec
+from sam_export.artifact.folder import Lowered, LoweredFile
+from sam_export.errors import LoweringError
+from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
+from sam_export.lower.onnx_guard import guard_update
+from sam_export.lower.onnx_in_place import in_place
+from sam_export.tracing.captured_step import CapturedStep
+
+TARGET = "onnx"
+
+
+def lower(captured: CapturedStep) -> Lowered:
+    """The programs of a step as ONNX models: standard operators, opset 18, IR version 10.
+
+    All state is graph inputs; ``details["in_place"]`` says for every state tensor that changes
+    whether it may be overwritten in place (``""``) or why not.
+
+    Raises:
+        LoweringError: The step draws random numbers, or an operator has no ONNX form.
+    """
+    if captured.random_ops:
+        counted = ", ".join(sorted(set(captured.random_ops)))
+        raise LoweringError(
+            f"The step draws random numbers ({counted}), which the target 'onnx' cannot do yet. "
+            "Train without dropout there, or use the target 'torch-compile'."
+        )
+    if not captured.portable:
+        raise LoweringError(
+            "The step was captured with portable=False, which keeps kernels that ONNX does not "
+            "have. Capture with portable=True."
+        )
+    files: dict[str, LoweredFile] = {}
+    details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION}
+    for spec in captured.contract.programs:
+        _refuse_derived_sizes(captured, spec)
+        model = onnx_model(captured.programs[spec.name], spec, captured.contract)
+        if spec.name == "step":
+            if captured.semantics.on_nonfinite != "ignore":
+                guard_update(model, spec)
+            details["in_place"] = in_place(model, spec)
+        proto = ir.to_proto(model)
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise LoweringError(
+                f"Program {spec.name!r} became an ONNX graph that is not valid: {error}"
+            ) from error
+        data = proto.SerializeToString(deterministic=True)
+        files[spec.name] = LoweredFile(f"{spec.name}.onnx", data)
+    packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
+    return Lowered(
+        target=TARGET,
+        contract=captured.contract,
+        semantics=captured.semantics,
+        files=files,
+        state=captured.state,
+        versions={"sam_export": __version__, **{name: version(name) for name in packages}},
+        details=details,
+    )
+
+
+def _refuse_derived_sizes(captured: CapturedStep, spec: ProgramSpec) -> None:
+    """The session makes room for each result before it runs, so it has to know the size."""
+    for output in spec.outputs:
+        derived = [
+            s for s in output.shape if isinstance(s, str) and s not in captured.contract.dims
+        ]
+        if derived:
+            raise LoweringError(
+                f"Output {output.name!r} of program {spec.name!r} has the size {derived[0]}, which "
+                "is computed from a symbolic size. Return it in a shape whose sizes are those of "
+                "the batch."
+            )

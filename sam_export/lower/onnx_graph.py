@@ -1,0 +1,138 @@
+"""From one captured program to an ONNX graph with readable names."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import onnxscript.optimizer
+import torch
+
+from sam_export._compat import onnx_exporter, origins, tracing
+from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
+from sam_export.errors import LoweringError, SamExportError
+from sam_export.lower.onnx_ops import DECOMPOSED, FORMS
+
+OPSET = 18
+"""Newer opsets lack CUDA kernels in onnxruntime-training 1.19.2 and fall back to the CPU."""
+
+IR_VERSION = 10
+"""The newest that onnxruntime-training 1.19.2 loads."""
+
+
+def onnx_model(
+    program: torch.export.ExportedProgram, spec: ProgramSpec, contract: StepContract
+) -> ir.Model:
+    """One program as an ONNX model in standard operators.
+
+    Inputs and outputs are named and typed as the contract says; nodes are named after the stage and
+    the module they come from (``ascent/conv1/Conv``).
+
+    Raises:
+        LoweringError: An operator has no ONNX form, or only for other arguments.
+    """
+    program = tracing.decomposed(program, DECOMPOSED)
+    for node in program.graph.nodes:
+        # The exporter writes the module stack into each ONNX node; it carries our origin there.
+        node.meta["nn_module_stack"] = {"origin": (origins.origin_of(node), "sam_export")}
+    outputs = [output.name for output in spec.outputs]
+    try:
+        model = onnx_exporter.to_onnx(program, list(spec.inputs), outputs, OPSET, FORMS)
+    except Exception as error:
+        raise _explained(error, program, spec) from error
+    model.ir_version = IR_VERSION
+    _simplify(model)
+    _own_outputs(model.graph, outputs)
+    _name(model)
+    _declare(model.graph.inputs, contract.inputs_of(spec))
+    _declare(model.graph.outputs, spec.outputs)
+    return model
+
+
+def _simplify(model: ir.Model) -> None:
+    passes.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model, output_size_limit=4096)
+    passes.IdentityEliminationPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+
+
+def _own_outputs(graph: ir.Graph, names: list[str]) -> None:
+    """An output that is an input or a constant gets a node of its own, and so its own name."""
+    for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if value.producer() is None:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].name = name
+            if value.is_initializer():
+                value.name = f"value/{name}"
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+
+
+def _name(model: ir.Model) -> None:
+    """``origin/Op``, ``origin/Op_1``, ...; a value is called like its node."""
+    graph = model.graph
+    fixed = {value.name for value in (*graph.inputs, *graph.outputs)}
+    counts: Counter[str] = Counter()
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']")
+        origin = ast.literal_eval(scopes)[0]
+        origin = "" if origin.startswith("_empty") else origin  # nodes that export adds itself
+        base = "/".join(part for part in (origin, node.op_type) if part)
+        node.name = f"{base}_{counts[base]}" if counts[base] else base
+        counts[base] += 1
+        for index, value in enumerate(node.outputs):
+            if value.name not in fixed:
+                value.name = f"{node.name}.{index}" if index else node.name
+        node.metadata_props.clear()
+        node.doc_string = None
+    for index, (name, value) in enumerate(list(graph.initializers.items())):
+        graph.initializers.pop(name)
+        value.name = f"constant_{index}"
+        graph.initializers[value.name] = value
+    for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.doc_string = None
+    model.producer_name, model.producer_version = "sam_export", ""
+    graph.name = "sam_step"
+
+
+def _declare(values: list[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
+    for value, spec in zip(values, specs, strict=True):
+        if value.name != spec.name:
+            raise LoweringError(
+                f"The exporter made {value.name!r} where the contract has {spec.name!r}; "
+                "names of parameters and inputs must be unique."
+            )
+        value.dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
+        value.shape = ir.Shape(spec.shape)
+
+
+def _explained(
+    error: Exception, program: torch.export.ExportedProgram, spec: ProgramSpec
+) -> LoweringError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SamExportError):
+            return LoweringError(f"Program {spec.name!r} has no ONNX form: {cause}")
+        cause = cause.__cause__
+    missing = onnx_exporter.without_onnx_form(program, FORMS)
+    if missing:
+        lines = "\n".join(
+            f"  {schema}  ({count}x, in {origin or 'the step'})"
+            for schema, (count, origin) in missing.items()
+        )
+        return LoweringError(f"Program {spec.name!r} holds operators with no ONNX form:\n{lines}")
+    text = str(error).strip().splitlines()
+    return LoweringError(
+        f"Program {spec.name!r} cannot be exported to ONNX: {type(error).__name__}: "
+        f"{text[0] if text else ''}"
+    )

@@ -1,0 +1,14 @@
+"""ONNX forms of ATen operators: importing this package fills `table.FORMS`."""
+
+from sam_export.lower.onnx_ops import activation, arithmetic, batch_norm, convolution, pooling
+from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS
+
+__all__ = [
+    "DECOMPOSED",
+    "FORMS",
+    "activation",
+    "arithmetic",
+    "batch_norm",
+    "convolution",
+    "pooling",
+]

@@ -1,0 +1,228 @@
+"""Arithmetic with Python numbers, at the tensor's own precision.
+
+The exporter writes a Python number as a float32 constant and casts it, so that in a float64 graph
+a weight decay of 0.01 becomes 0.00999999977648258: an error of 2e-8 in every update. These forms
+round a number once, to the dtype of the tensor it meets. Tensors have been promoted to one dtype
+before (an exporter pass); where one is still another, a scalar tensor gives way to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import opset18 as op
+
+from sam_export.errors import LoweringError
+from sam_export.lower.onnx_ops.table import lowering, numpy_dtype, scalar
+
+Operand: TypeAlias = ir.Value | int | float
+
+
+def _pair(x: Operand, y: Operand) -> tuple[Any, Any]:
+    """Both operands as values of one dtype."""
+    if not isinstance(y, ir.Value):
+        assert isinstance(x, ir.Value)
+        return x, scalar(y, x)
+    if not isinstance(x, ir.Value):
+        return scalar(x, y), y
+    if x.dtype == y.dtype:
+        return x, y
+    return (op.CastLike(x, y), y) if _weight(x) < _weight(y) else (x, op.CastLike(y, x))
+
+
+def _weight(value: ir.Value) -> tuple[bool, bool, int]:
+    dtype = numpy_dtype(value)
+    assert value.shape is not None
+    return bool(np.issubdtype(dtype, np.floating)), len(value.shape) > 0, dtype.itemsize
+
+
+def _is_bool(*operands: Operand) -> bool:
+    return all(isinstance(v, ir.Value) and v.dtype == ir.DataType.BOOL for v in operands)
+
+
+def _times(y: Operand, alpha: float) -> Operand:
+    """``alpha * y``, in the dtype of ``y``."""
+    if alpha == 1:
+        return y
+    if not isinstance(y, ir.Value):
+        return y * alpha
+    product: ir.Value = op.Mul(y, scalar(alpha, y))
+    product.dtype, product.shape = y.dtype, y.shape
+    return product
+
+
+@lowering("aten::add.Tensor")
+@lowering("aten::add.Scalar")
+def add(x: Operand, y: Operand, alpha: float = 1) -> Any:
+    """aten::add.Tensor(Tensor self, Tensor other, *, Scalar alpha=1) -> Tensor
+
+    ``x + alpha * y``; of two bool tensors it is their "or".
+    """
+    if _is_bool(x, y):
+        return op.Or(x, y)
+    return op.Add(*_pair(x, _times(y, alpha)))
+
+
+@lowering("aten::sub.Tensor")
+@lowering("aten::sub.Scalar")
+def sub(x: Operand, y: Operand, alpha: float = 1) -> Any:
+    """aten::sub.Tensor(Tensor self, Tensor other, *, Scalar alpha=1) -> Tensor
+
+    ``x - alpha * y``.
+    """
+    return op.Sub(*_pair(x, _times(y, alpha)))
+
+
+@lowering("aten::rsub.Tensor")
+@lowering("aten::rsub.Scalar")
+def rsub(x: Operand, y: Operand, alpha: float = 1) -> Any:
+    """aten::rsub.Scalar(Tensor self, Scalar other, Scalar alpha=1) -> Tensor
+
+    ``y - alpha * x``.
+    """
+    first, second = _pair(_times(x, alpha), y)
+    return op.Sub(second, first)
+
+
+@lowering("aten::mul.Tensor")
+@lowering("aten::mul.Scalar")
+def mul(x: Operand, y: Operand) -> Any:
+    """aten::mul.Tensor(Tensor self, Tensor other) -> Tensor
+
+    ``x * y``; of two bool tensors it is their "and".
+    """
+    return op.And(x, y) if _is_bool(x, y) else op.Mul(*_pair(x, y))
+
+
+@lowering("aten::div.Tensor")
+@lowering("aten::div.Scalar")
+def div(x: Operand, y: Operand) -> Any:
+    """aten::div.Tensor(Tensor self, Tensor other) -> Tensor
+
+    ``x / y``, of integers too as floats: the exporter has promoted them.
+    """
+    return op.Div(*_pair(x, y))
+
+
+@lowering("aten::pow.Tensor_Scalar")
+@lowering("aten::pow.Scalar")
+@lowering("aten::pow.Tensor_Tensor")
+def power(x: Operand, y: Operand) -> Any:
+    """aten::pow.Tensor_Scalar(Tensor self, Scalar exponent) -> Tensor
+
+    ``x ** y``.
+    """
+    return op.Pow(*_pair(x, y))
+
+
+@lowering("aten::lerp.Scalar")
+def lerp(start: ir.Value, end: ir.Value, weight: float) -> Any:
+    """aten::lerp.Scalar(Tensor self, Tensor end, Scalar weight) -> Tensor
+
+    ``start + weight * (end - start)`` for a weight below 1/2, else
+    ``end - (1 - weight) * (end - start)``, as ATen has it.
+    """
+    difference = op.Sub(end, start)
+    if abs(weight) < 0.5:
+        return op.Add(start, op.Mul(difference, scalar(weight, start)))
+    return op.Sub(end, op.Mul(difference, scalar(1.0 - weight, start)))
+
+
+def _compare(name: str) -> Any:
+    def form(x: Operand, y: Operand) -> Any:
+        return getattr(op, name)(*_pair(x, y))
+
+    return form
+
+
+for _aten, _onnx in (
+    ("eq", "Equal"),
+    ("lt", "Less"),
+    ("le", "LessOrEqual"),
+    ("gt", "Greater"),
+    ("ge", "GreaterOrEqual"),
+):
+    # aten::lt.Scalar(Tensor self, Scalar other) -> Tensor, and kin: x < y.
+    lowering(f"aten::{_aten}.Scalar")(_compare(_onnx))
+
+
+@lowering("aten::ne.Scalar")
+def not_equal(x: ir.Value, y: float) -> Any:
+    """aten::ne.Scalar(Tensor self, Scalar other) -> Tensor
+
+    ``x != y``; true where ``x`` is NaN.
+    """
+    return op.Not(op.Equal(*_pair(x, y)))
+
+
+@lowering("aten::full_like")
+def full_like(x: ir.Value, value: float, dtype: Any = None, **_: Any) -> Any:
+    """aten::full_like(Tensor self, Scalar fill_value, *, ScalarType? dtype=None, ...) -> Tensor"""
+    return op.Expand(_constant(value, dtype, x), op.Shape(x))
+
+
+@lowering("aten::full")
+def full(size: Sequence[Any], value: float, dtype: Any = None, **_: Any) -> Any:
+    """aten::full(SymInt[] size, Scalar fill_value, *, ScalarType? dtype=None, ...) -> Tensor"""
+    constant = _constant(value, dtype, None)
+    if len(size) == 0:
+        return constant
+    if all(isinstance(extent, int) for extent in size):
+        shape = op.Constant(value_ints=list(size))
+    else:
+        one = op.Constant(value_ints=[1])
+        parts = [
+            op.Constant(value_ints=[extent]) if isinstance(extent, int) else op.Reshape(extent, one)
+            for extent in size
+        ]
+        shape = op.Concat(*parts, axis=0)
+    return op.Expand(constant, shape)
+
+
+@lowering("aten::scalar_tensor")
+def scalar_tensor(value: float, dtype: Any = None, **_: Any) -> Any:
+    """aten::scalar_tensor(Scalar s, *, ScalarType? dtype=None, ...) -> Tensor"""
+    return _constant(value, dtype, None)
+
+
+def _constant(value: Any, dtype: int | None, like: ir.Value | None) -> Any:
+    """``value`` as a scalar; the exporter hands dtypes on as ONNX's numbers, and none as -1."""
+    given = dtype not in (None, -1)
+    if isinstance(value, ir.Value):
+        return op.Cast(value, to=dtype) if given else value
+    if given:
+        kind = ir.DataType(dtype).numpy()
+    elif like is not None:
+        kind = numpy_dtype(like)
+    else:  # torch's own defaults
+        kind = np.dtype({bool: np.bool_, int: np.int64, float: np.float32}[type(value)])
+    return op.Constant(value=ir.tensor(np.array(value, kind)))
+
+
+@lowering("aten::linalg_vector_norm")
+def vector_norm(
+    x: ir.Value,
+    ord: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    dtype: int | None = None,
+) -> Any:
+    """aten::linalg_vector_norm(Tensor self, Scalar ord=2, int[1]? dim=None, bool keepdim=False, *,
+    ScalarType? dtype=None) -> Tensor
+
+    ``sqrt(sum(x^2))``. ``ReduceL2`` of a float64 tensor is right to float32 only in ONNX Runtime
+    1.19.2, so there the sum and the root are two operators.
+    """
+    if ord != 2 or dim is not None or keepdim:
+        raise LoweringError(
+            f"vector_norm(ord={ord}, dim={dim}, keepdim={keepdim}) has no ONNX form here yet."
+        )
+    if dtype not in (None, -1):
+        x = op.Cast(x, to=dtype)
+        double = ir.DataType(dtype) == ir.DataType.DOUBLE
+    else:
+        double = x.dtype == ir.DataType.DOUBLE
+    return op.Sqrt(op.ReduceSumSquare(x, keepdims=0)) if double else op.ReduceL2(x, keepdims=0)

@@ -1,0 +1,185 @@
+"""Batch normalization in training, in evaluation, and its gradient.
+
+ONNX's ``BatchNormalization`` in training mode is not used: its running variance is the biased one,
+and ONNX Runtime overwrites its inputs there. In inference mode it is one pass over memory that
+computes ``scale * (x - mean) / sqrt(var + epsilon) + bias`` per channel; fed with the statistics
+of the batch it is exactly the forward pass, and fed with mean 0 and variance 1 any affine map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import opset18 as op
+
+from sam_export.lower.onnx_ops.table import full, ints, lowering, scalar, sizes, static
+
+
+@lowering("aten::_native_batch_norm_legit_functional")
+def batch_norm_training(
+    x: ir.Value,
+    w: ir.Value | None,
+    b: ir.Value | None,
+    running_mean: ir.Value,
+    running_var: ir.Value,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, Any, Any, Any, Any]:
+    """aten::_native_batch_norm_legit_functional(Tensor input, Tensor? weight, Tensor? bias, Tensor
+    running_mean, Tensor running_var, bool training, float momentum, float eps) -> (Tensor, Tensor,
+    Tensor, Tensor running_mean_out, Tensor running_var_out)
+
+    Over all axes but 1, with ``n`` elements per channel::
+
+        mean = sum(x) / n;  var = sum((x - mean)^2) / n        # biased, as for the output
+        y    = w * (x - mean) / sqrt(var + eps) + b
+        running_mean' = (1 - momentum) * running_mean + momentum * mean
+        running_var'  = (1 - momentum) * running_var  + momentum * var * n / (n - 1)
+    """
+    if not training:
+        y = _normalized(x, w, b, running_mean, op.Add(running_var, scalar(eps, x)))
+        return y, full(0, 0.0, x), full(0, 0.0, x), running_mean, running_var
+    y, mean, var, invstd = _batch_statistics(x, w, b, eps)
+    n = _per_channel(x)
+    unbiased = op.Mul(var, op.Div(n, op.Sub(n, scalar(1.0, x))))
+    keep, take = scalar(1.0 - momentum, x), scalar(momentum, x)
+    new_mean = op.Add(op.Mul(running_mean, keep), op.Mul(mean, take))
+    new_var = op.Add(op.Mul(running_var, keep), op.Mul(unbiased, take))
+    return y, mean, invstd, new_mean, new_var
+
+
+@lowering("aten::_native_batch_norm_legit.no_stats")
+def batch_norm_without_statistics(
+    x: ir.Value, w: ir.Value | None, b: ir.Value | None, training: bool, momentum: float, eps: float
+) -> tuple[Any, Any, Any]:
+    """aten::_native_batch_norm_legit.no_stats(Tensor input, Tensor? weight, Tensor? bias, bool
+    training, float momentum, float eps) -> (Tensor, Tensor, Tensor)
+
+    As in training, with no running statistics to update.
+    """
+    del training, momentum
+    y, mean, _, invstd = _batch_statistics(x, w, b, eps)
+    return y, mean, invstd
+
+
+@lowering("aten::_native_batch_norm_legit_no_training")
+def batch_norm_evaluation(
+    x: ir.Value,
+    w: ir.Value | None,
+    b: ir.Value | None,
+    running_mean: ir.Value,
+    running_var: ir.Value,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, Any, Any]:
+    """aten::_native_batch_norm_legit_no_training(Tensor input, Tensor? weight, Tensor? bias, Tensor
+    running_mean, Tensor running_var, float momentum, float eps) -> (Tensor, Tensor, Tensor)
+
+    ``w * (x - running_mean) / sqrt(running_var + eps) + b``.
+    """
+    del momentum
+    y = _normalized(x, w, b, running_mean, op.Add(running_var, scalar(eps, x)))
+    return y, full(0, 0.0, x), full(0, 0.0, x)
+
+
+@lowering("aten::native_batch_norm")
+def batch_norm(
+    x: ir.Value,
+    w: ir.Value | None,
+    b: ir.Value | None,
+    running_mean: ir.Value,
+    running_var: ir.Value,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, Any, Any]:
+    """aten::native_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean,
+    Tensor? running_var, bool training, float momentum, float eps) -> (Tensor, Tensor, Tensor)
+
+    Only in evaluation: capture refuses the training form, which changes its inputs.
+    """
+    assert not training
+    return batch_norm_evaluation(x, w, b, running_mean, running_var, momentum, eps)  # type: ignore[no-any-return]
+
+
+@lowering("aten::native_batch_norm_backward")
+def batch_norm_backward(
+    dy: ir.Value,
+    x: ir.Value,
+    w: ir.Value | None,
+    running_mean: ir.Value | None,
+    running_var: ir.Value | None,
+    mean: ir.Value | None,
+    invstd: ir.Value | None,
+    train: bool,
+    eps: float,
+    output_mask: Sequence[bool],
+) -> tuple[Any, Any, Any]:
+    """aten::native_batch_norm_backward(Tensor grad_out, Tensor input, Tensor? weight, Tensor?
+    running_mean, Tensor? running_var, Tensor? save_mean, Tensor? save_invstd, bool train, float
+    eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)
+
+    With ``xc = x - mean`` and sums over all axes but 1::
+
+        db = sum(dy);  dot = sum(dy * xc);  dw = dot * invstd
+        dx = w * invstd * (dy - db / n - xc * dot * invstd^2 / n)      # training
+        dx = w * invstd * dy                                           # fixed statistics
+
+    In training ``dx`` is an affine map of ``dy`` per channel plus a multiple of ``xc``.
+    """
+    rank = len(sizes(x))
+    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
+    axes = ints(0, *range(2, rank))
+    per_channel = ints(1, channels, *[1] * (rank - 2))
+    if not train:
+        assert running_var is not None
+        mean = running_mean
+        invstd = op.Reciprocal(op.Sqrt(op.Add(running_var, scalar(eps, x))))
+    assert invstd is not None
+    centered = op.Sub(x, op.Reshape(mean, per_channel))
+    db = op.ReduceSum(dy, axes, keepdims=0)
+    dot = op.ReduceSum(op.Mul(dy, centered), axes, keepdims=0)
+    scale = invstd if w is None else op.Mul(invstd, w)
+    dx = scalar(0.0, x)
+    if output_mask[0] and not train:
+        dx = op.Mul(dy, op.Reshape(scale, per_channel))
+    elif output_mask[0]:
+        n = _per_channel(x)
+        shift = op.Neg(op.Div(op.Mul(scale, db), n))
+        slope = op.Neg(op.Div(op.Mul(op.Mul(scale, dot), op.Mul(invstd, invstd)), n))
+        zero, one = full(channels, 0.0, x), full(channels, 1.0, x)
+        affine = op.BatchNormalization(dy, scale, shift, zero, one, epsilon=0.0)
+        dx = op.Add(affine, op.Mul(centered, op.Reshape(slope, per_channel)))
+    return dx, op.Mul(dot, invstd), db
+
+
+def _batch_statistics(
+    x: ir.Value, w: ir.Value | None, b: ir.Value | None, eps: float
+) -> tuple[Any, Any, Any, Any]:
+    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
+    axes = ints(0, *range(2, len(sizes(x))))
+    mean = op.ReduceMean(x, axes, keepdims=1)
+    centered = op.Sub(x, mean)
+    var = op.ReduceMean(op.Mul(centered, centered), axes, keepdims=0)
+    mean = op.Reshape(mean, ints(channels))
+    variance = op.Add(var, scalar(eps, x))
+    y = _normalized(x, w, b, mean, variance)
+    return y, mean, var, op.Reciprocal(op.Sqrt(variance))
+
+
+def _normalized(x: ir.Value, w: Any, b: Any, mean: Any, variance: Any) -> Any:
+    """One pass; ``variance`` holds eps already, since the attribute is only float32."""
+    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
+    w = full(channels, 1.0, x) if w is None else w
+    b = full(channels, 0.0, x) if b is None else b
+    return op.BatchNormalization(x, w, b, mean, variance, epsilon=0.0)
+
+
+def _per_channel(x: ir.Value) -> Any:
+    """Elements per channel, as a scalar of the dtype of ``x``; the batch may be symbolic."""
+    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
+    count = op.Div(op.Size(x), op.Constant(value_int=channels))
+    return op.CastLike(count, x)

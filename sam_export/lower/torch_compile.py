@@ -1,0 +1,32 @@
+"""Target ``torch-compile``: the step as a `torch.export` program, compiled when it is loaded."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from sam_export._compat import inductor
+from sam_export._version import __version__
+from sam_export.artifact.folder import Lowered, LoweredFile
+from sam_export.tracing.captured_step import CapturedStep
+
+TARGET = "torch-compile"
+
+
+def lower(captured: CapturedStep) -> Lowered:
+    """The programs of a step as ``.pt2`` files of `torch.export.save`."""
+    files = {
+        name: LoweredFile(f"{name}.pt2", inductor.exported_bytes(program))
+        for name, program in captured.programs.items()
+    }
+    return Lowered(
+        target=TARGET,
+        contract=captured.contract,
+        semantics=captured.semantics,
+        files=files,
+        state=captured.state,
+        versions={
+            "sam_export": __version__,
+            **{name: version(name) for name in ("torch", "numpy")},
+        },
+        details={"random_ops": sorted(set(captured.random_ops)), "portable": captured.portable},
+    )

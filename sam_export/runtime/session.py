@@ -1,0 +1,287 @@
+"""`Session`: a loaded step with its training state. One class for all targets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
+from sam_export.artifact.contract import HYPER, METRICS, ProgramSpec, StepContract
+from sam_export.artifact.result import DeviceValue, StepResult
+from sam_export.artifact.semantics import Semantics
+from sam_export.artifact.state_file import differences, first_few, shapes_of
+from sam_export.artifact.tree import unflatten
+from sam_export.errors import ArtifactError, SessionError
+from sam_export.runtime.batches import checked_batch, merged_hyper
+from sam_export.runtime.eager_state import EagerState, host_array
+from sam_export.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Session:
+    """Training state on a device, and the programs that run on it.
+
+    `sam_export.load` makes sessions. Everything that is fed is checked against the contract first;
+    a call that raises has changed nothing, not even the hyper-parameters.
+
+    Args:
+        engine: What runs the programs; the session binds the initial state to it.
+        contract: Names, dtypes and shapes of everything that goes in and out.
+        semantics: What one step means.
+        target: Name of the target that the programs were lowered to.
+        device: Where they run, as it was asked for (``cpu``, ``cuda:0``).
+        initial_state: Every state tensor of the contract by name.
+
+    Raises:
+        SessionError: The initial state does not match the contract.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        contract: StepContract,
+        semantics: Semantics,
+        target: str,
+        device: str,
+        initial_state: Mapping[str, NDArray[Any]],
+    ) -> None:
+        self.contract = contract
+        self.semantics = semantics
+        self.target = target
+        self.device = device
+        self._engine = engine
+        self._step_count = 0
+        self._set_hyper({spec.name: spec.defaults for spec in contract.hyper})
+        self.set_state(initial_state)
+        slots = [spec.name for spec in contract.state if spec.role == "slot"]
+        self._first_slots = {name: _compact(initial_state[name]) for name in slots}
+
+    @property
+    def provider(self) -> str:
+        """What really runs the programs (``CPUExecutionProvider``, ``inductor``)."""
+        return self._engine.provider
+
+    @property
+    def step_count(self) -> int:
+        """Steps run, over saved and restored runs; a step that was skipped as not finite counts."""
+        return self._step_count
+
+    @property
+    def hyper(self) -> dict[str, tuple[float, ...]]:
+        """Current hyper-parameters, one value per parameter group."""
+        return dict(self._hyper)
+
+    @property
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies of all parameters, buffers and slots, by name."""
+        return self._engine.read([spec.name for spec in self.contract.state])
+
+    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Makes copies of ``state`` the current one; step count and hyper-parameters stay.
+
+        Raises:
+            SessionError: A tensor is missing, unknown, or of another dtype or shape.
+        """
+        arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
+        lines = differences(shapes_of(arrays), self.contract.state)
+        if lines:
+            raise SessionError(f"The state does not match the contract: {first_few(lines)}.")
+        self._engine.bind({spec.name: arrays[spec.name] for spec in self.contract.state})
+
+    def step(self, *batch: Any, **hyper: Any) -> StepResult:
+        """Runs one SAM step and keeps the new state.
+
+        Args:
+            *batch: NumPy arrays or torch tensors, inputs then targets; or one dict of them where
+                the step was captured with dicts.
+            **hyper: ``lr=0.05`` for all parameter groups, ``rho=[0.05, 0.1]`` for each. Those
+                omitted keep their last value.
+
+        Returns:
+            Losses, norms and ``finite``, which stay on the device until they are read.
+
+        Raises:
+            SessionError: Batch or hyper-parameters do not fit the contract, or the step is not
+                finite and ``semantics.on_nonfinite`` is ``"raise"``.
+        """
+        program = self._program("step")
+        tensors = checked_batch(batch, self.contract, program)
+        values = merged_hyper(self._hyper, hyper, self.contract) if hyper else self._hyper
+        result = self._result(program, self._run(program, tensors, values))
+        if self.semantics.on_nonfinite == "raise" and not bool(result.finite):
+            raise SessionError(
+                f"Step {self._step_count + 1} is not finite (loss {float(result.loss):g}, "
+                f"perturbed loss {float(result.perturbed_loss):g}, gradient norm "
+                f"{float(result.grad_norm):g}, perturbation norm "
+                f"{float(result.perturbation_norm):g}); nothing was changed. Look at the batch, or "
+                "lower lr or rho."
+            )
+        self._set_hyper(values)
+        self._step_count += 1
+        return result
+
+    def evaluate(self, *inputs: Any) -> Any:
+        """The model's outputs in eval mode at the current weights.
+
+        Args:
+            *inputs: The batch's inputs without its targets; or one dict.
+
+        Returns:
+            NumPy arrays, in the tuples, lists and dicts that the model returns.
+
+        Raises:
+            SessionError: The inputs do not fit the contract, or there is no such program.
+        """
+        program = self._program("evaluate")
+        results = self._run(program, checked_batch(inputs, self.contract, program), self._hyper)
+        leaves = [self._engine.to_numpy(results[name]) for name in _outputs(program)]
+        return unflatten(self.contract.output_tree, leaves)
+
+    def evaluate_loss(self, *batch: Any) -> float:
+        """The loss of a batch in eval mode at the current weights.
+
+        Args:
+            *batch: Inputs, then targets, as `step` takes them.
+
+        Raises:
+            SessionError: The batch does not fit the contract, or there is no such program.
+        """
+        program = self._program("evaluate_loss")
+        results = self._run(program, checked_batch(batch, self.contract, program), self._hyper)
+        return float(self._engine.to_numpy(results[program.outputs[0].name]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes state, hyper-parameters and step count to one file, whole or not at all.
+
+        Raises:
+            ArtifactError: The disk refuses; a file that was there is still whole.
+        """
+        save_checkpoint(path, self.state, self._step_count, self._hyper, self.contract)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Continues from a file that `save` wrote, in a session of any target of the same step.
+
+        Raises:
+            ArtifactError: The file is missing, damaged, or of another model or optimizer.
+        """
+        checkpoint = load_checkpoint(path, self.contract)
+        self._engine.bind(checkpoint.state)
+        self._set_hyper(checkpoint.hyper)
+        self._step_count = checkpoint.step_count
+
+    def load_into(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
+
+        Parameters keep being the same objects. Slots get the dtype that the eager optimizer gives
+        them; those that it has not made yet are made. The hyper-parameters go into its groups.
+
+        Args:
+            model: A model with the parameters and buffers of the contract.
+            optimizer: A `SAM` over it, or the base optimizer alone (which has no ``rho`` to set).
+
+        Raises:
+            SessionError: A name, shape, dtype, parameter group or slot differs.
+        """
+        import torch
+
+        eager = EagerState(self.contract, model, optimizer)
+        state = self.state
+        made = {spec.name: eager.new_slot(spec, p) for spec, p, old in eager.slots if old is None}
+        with torch.no_grad():
+            for name, tensor in eager.tensors.items():
+                tensor.data.copy_(torch.tensor(state[name]))
+            for spec, parameter, old in eager.slots:
+                value = made[spec.name] if old is None else old
+                if isinstance(value, torch.Tensor):
+                    value.data.copy_(torch.tensor(state[spec.name]))
+                else:
+                    value = type(value)(state[spec.name].item())
+                eager.base.state[parameter][spec.slot] = value
+            for name, index, group in eager.settings:
+                if isinstance(group[name], torch.Tensor):
+                    group[name].fill_(self._hyper[name][index])
+                else:
+                    group[name] = self._hyper[name][index]
+
+    def load_from(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the whole state over from an eager model and optimizer, exactly. Needs torch.
+
+        A slot that the optimizer has not made yet gets the value it had in the artifact, since
+        eager makes it on the first step. The step count stays as it is, and so does ``rho`` where
+        the optimizer has none.
+
+        Args:
+            model: A model with the parameters and buffers of the contract.
+            optimizer: A `SAM` over it, or the base optimizer alone.
+
+        Raises:
+            SessionError: A name, shape, dtype, parameter group, slot or hyper-parameter differs.
+        """
+        eager = EagerState(self.contract, model, optimizer)
+        hyper = {spec.name: list(self._hyper[spec.name]) for spec in self.contract.hyper}
+        for name, index, group in eager.settings:
+            hyper[name][index] = float(group[name])
+        values = merged_hyper(self._hyper, hyper, self.contract)
+        state = {name: host_array(tensor) for name, tensor in eager.tensors.items()}
+        for spec, _, value in eager.slots:
+            found = self._first_slots[spec.name] if value is None else value
+            state[spec.name] = host_array(found).astype(spec.dtype)
+        kept = [spec.name for spec in self.contract.state if spec.name not in state]
+        state.update(self._engine.read(kept))
+        self.set_state(state)
+        self._set_hyper(values)
+
+    def __repr__(self) -> str:
+        count = sum(spec.role == "parameter" for spec in self.contract.state)
+        hyper = ", ".join(f"{name} {values}" for name, values in self._hyper.items())
+        return (
+            f"Session({self.target} on {self.device} by {self.provider}; "
+            f"{self.contract.optimizer}, {count} parameters; step {self._step_count}; {hyper})"
+        )
+
+    def _program(self, name: str) -> ProgramSpec:
+        try:
+            return self.contract.program(name)
+        except ArtifactError as error:
+            raise SessionError(f"{error} Export the step again to have it.") from error
+
+    def _run(
+        self, program: ProgramSpec, batch: list[Any], hyper: Mapping[str, tuple[float, ...]]
+    ) -> dict[str, Any]:
+        arrays = self._hyper_arrays if hyper is self._hyper else _vectors(hyper)
+        read = {name: array for name, array in arrays.items() if HYPER + name in program.inputs}
+        return self._engine.run(program.name, batch, read)
+
+    def _result(self, program: ProgramSpec, results: Mapping[str, Any]) -> StepResult:
+        def value(name: str) -> DeviceValue:
+            return DeviceValue(results[name], self._engine.to_numpy)
+
+        names = _outputs(program)
+        outputs = unflatten(self.contract.output_tree, list(map(value, names))) if names else None
+        return StepResult(**{name: value(name) for name in METRICS}, outputs=outputs)
+
+    def _set_hyper(self, values: Mapping[str, tuple[float, ...]]) -> None:
+        self._hyper = dict(values)
+        self._hyper_arrays = _vectors(values)
+
+
+def _outputs(program: ProgramSpec) -> list[str]:
+    return [spec.name for spec in program.outputs if spec.role == "output"]
+
+
+def _vectors(hyper: Mapping[str, tuple[float, ...]]) -> dict[str, NDArray[Any]]:
+    return {name: np.array(values, dtype=np.float64) for name, values in hyper.items()}
+
+
+def _compact(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy that takes no memory where all elements are the same, as in most new slots."""
+    bits = np.asarray(array, order="C").view(f"u{array.itemsize}")
+    if array.size and bool((bits == bits.flat[0]).all()):
+        return np.broadcast_to(np.array(array.flat[0]), array.shape)
+    return array.copy()

@@ -1,0 +1,94 @@
+"""The onnx target as a whole: what it refuses, and what its file looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sam_export as sx
+from tests.step.test_sam import batches, small_model
+from tests.step.test_train_step import WithStatistics
+
+
+def make(model: nn.Module) -> sx.TrainStep:
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    return sx.TrainStep(model, nn.CrossEntropyLoss(), sam)
+
+
+class Unsupported(nn.Module):
+    """Average and adaptive pooling: the exporter has no form of their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.pool = nn.AvgPool2d(2)
+        self.adaptive = nn.AdaptiveAvgPool2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adaptive(self.pool(self.conv(x))).mean((2, 3))
+
+
+def test_an_unknown_operator_stops_before_anything_is_written(tmp_path: Path) -> None:
+    """All missing operators at once, each with its schema and the module it comes from."""
+    captured = sx.capture(make(Unsupported()), (torch.randn(4, 1, 10, 10), torch.zeros(4).long()))
+    with pytest.raises(sx.LoweringError) as caught:
+        sx.export(captured, tmp_path / "step", target="onnx")
+    message = str(caught.value)
+    assert "aten::avg_pool2d_backward(Tensor grad_output" in message
+    assert "in ascent/pool" in message
+    assert "aten::_adaptive_avg_pool2d_backward" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_operators_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    captured = sx.capture(make(WithStatistics()), batches(1)[0])
+    with pytest.raises(sx.LoweringError, match=r"draws random numbers \(aten\.") as caught:
+        sx.export(captured, tmp_path / "step", target="onnx")
+    assert "torch-compile" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_grouped_convolution_says_what_is_missing(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 3))
+    captured = sx.capture(make(model), (torch.randn(4, 4, 4, 4), torch.zeros(4).long()))
+    with pytest.raises(sx.LoweringError, match="groups=2"):
+        sx.export(captured, tmp_path / "step", target="onnx")
+
+
+def test_an_unknown_target_lists_the_known_ones(tmp_path: Path) -> None:
+    captured = sx.capture(make(small_model()), batches(1)[0])
+    with pytest.raises(sx.LoweringError, match=r"no target 'tflite'.*onnx, torch-compile"):
+        sx.export(captured, tmp_path / "step", target="tflite")
+
+
+def test_a_capture_that_is_not_portable_is_refused(tmp_path: Path) -> None:
+    captured = sx.capture(make(small_model()), batches(1)[0], portable=False)
+    with pytest.raises(sx.LoweringError, match="portable=True"):
+        sx.export(captured, tmp_path / "step", target="onnx")
+
+
+def test_the_file_is_portable_readable_and_the_same_each_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
+    captured = sx.capture(make(model), batches(1)[0])
+    first = sx.export(captured, tmp_path / "first", target="onnx")
+    second = sx.export(captured, tmp_path / "second", target="onnx")
+    assert first.file("step").read_bytes() == second.file("step").read_bytes()
+
+    graph = onnx.load(first.file("step"))
+    assert graph.ir_version == 10
+    assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", 18)]
+    assert not graph.functions
+    assert [v.name for v in graph.graph.input] == list(first.contract.program("step").inputs)
+    assert graph.graph.input[-2].type.tensor_type.shape.dim[0].dim_param == "batch"
+    names = [node.name for node in graph.graph.node]
+    assert len(set(names)) == len(names)
+    assert "ascent/0/Gemm" in names
+    assert any(name.startswith("descent/1/BatchNormalization") for name in names)
+    assert names[-1] == "update/If"
+    assert set(first.details["in_place"].values()) == {""}
