@@ -1,0 +1,67 @@
+"""The small disturbances that show how much rounding noise a step has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sam_export.parity.oracle import Batch
+
+SMALLEST = 3
+"""Fewer examples than this cannot be permuted to any effect: a + b is b + a, bit for bit."""
+
+
+def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """The batch with every entry changed."""
+    if isinstance(batch, Mapping):
+        return {key: change(value) for key, value in batch.items()}
+    return tuple(change(value) for value in batch)
+
+
+def examples(batch: Batch) -> int:
+    """Size of the first dimension of the first tensor that has one."""
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return next((len(value) for value in values if len(value.shape)), 1)
+
+
+def permuted(batch: Batch, rng: np.random.Generator) -> Batch:
+    """The same examples in another order."""
+    count = examples(batch)
+    order = rng.permutation(count)
+
+    def reordered(value: Any) -> Any:
+        if not len(value.shape) or len(value) != count:
+            return value
+        return (
+            value[torch.from_numpy(order).to(value.device)] if _is_tensor(value) else value[order]
+        )
+
+    return map_batch(batch, reordered)
+
+
+def jittered(array: NDArray[Any], ulps: float, rng: np.random.Generator) -> NDArray[Any]:
+    """Each element of a floating array, off by up to ``ulps`` roundings of its dtype."""
+    if array.dtype.kind != "f":
+        return array
+    step = ulps * float(np.finfo(array.dtype).eps)
+    moved: NDArray[Any] = array * (1.0 + step * rng.uniform(-1.0, 1.0, array.shape))
+    return np.asarray(moved, dtype=array.dtype)
+
+
+def jittered_input(value: Any, ulps: float, rng: np.random.Generator, dtype: str) -> Any:
+    """A batch entry, off by up to ``ulps`` roundings of the model\'s dtype; integers stay."""
+    # An input of a wider dtype than the model's is still rounded to the model's.
+    array = value.detach().cpu().numpy() if _is_tensor(value) else np.asarray(value)
+    if array.dtype.kind != "f":
+        return value
+    ratio = float(np.finfo(dtype).eps / np.finfo(array.dtype).eps)
+    moved = jittered(array, ulps * max(ratio, 1.0), rng)
+    return torch.from_numpy(moved).to(value.device) if _is_tensor(value) else moved
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)

@@ -1,0 +1,290 @@
+"""The oracle: plain eager SAM over a stock `torch.optim` optimizer.
+
+It imports nothing of this package, on purpose: an agreement is then between two independent pieces
+of code. It is the two-pass loop as a careful person writes it by hand, for clarity, not for speed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Batch = Sequence[Any] | Mapping[str, Any]
+
+
+class Oracle:
+    """Eager SAM on its own copy of a model and a base optimizer.
+
+    One step, with ``i`` over the parameters that have a gradient and ``k(i)`` their group::
+
+        loss.backward()                         # at w
+        g_i   += weight_decay_k(i) * w_i        # only with decay_in_ascent
+        norm   = sqrt(sum_i ||g_i||^2)
+        w_i   += rho_k(i) * g_i / (norm + 1e-12)
+        perturbed_loss.backward()               # at w + eps
+        w_i    = what it was
+        base_optimizer.step()
+
+    Args:
+        model: The model; it is copied, together with the loss and the optimizer.
+        loss_fn: ``loss_fn(output, *targets)``. None: the model returns the loss.
+        base_optimizer: A stock optimizer whose parameter groups have a ``"rho"``.
+        num_targets: How many entries at the end of a tuple batch go to the loss.
+        running_stats: ``"ascent"``: buffers keep what the first pass made of them; ``"both"``.
+        randomness: ``"same"``: the second pass draws what the first one drew; ``"fresh"``.
+        on_nonfinite: ``"ignore"`` updates regardless; otherwise a step whose losses or gradient
+            norms are not finite changes nothing.
+        decay_in_ascent: Whether ``weight_decay * w`` is part of the gradient that is ascended.
+
+    Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
+        Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor] | None,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        num_targets: int = 1,
+        running_stats: str = "ascent",
+        randomness: str = "same",
+        on_nonfinite: str = "skip",
+        decay_in_ascent: bool = False,
+    ) -> None:
+        # One deepcopy, so that the copied optimizer holds the copied model's parameters.
+        self.model, self.loss_fn, self.optimizer = copy.deepcopy((model, loss_fn, base_optimizer))
+        self.num_targets = num_targets
+        self.running_stats = running_stats
+        self.randomness = randomness
+        self.on_nonfinite = on_nonfinite
+        self.decay_in_ascent = decay_in_ascent
+        self.is_double = False
+        self.without_gradient: set[str] = set()
+        """Parameters to which the last step gave no gradient: frozen, unused, or not optimized."""
+
+    def double(self) -> Oracle:
+        """Turns model, loss, slots and every later batch into float64; returns itself."""
+        self.model.double()
+        if isinstance(self.loss_fn, nn.Module):
+            self.loss_fn.double()
+        for entries in self.optimizer.state.values():
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    entries[key] = value.double()
+        self.is_double = True
+        return self
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> dict[str, float | bool]:
+        """Runs one SAM step.
+
+        Args:
+            batch: A tuple (inputs, then targets) or a dict (inputs are named after ``forward``'s
+                parameters, the other entries are targets) of tensors or NumPy arrays.
+
+        Returns:
+            ``loss``, ``perturbed_loss``, ``grad_norm``, ``perturbation_norm`` and ``finite``.
+        """
+        with torch.enable_grad(), self._default_dtype():
+            return self._step(self._tensors(batch))
+
+    def _step(self, batch: Batch) -> dict[str, float | bool]:
+        groups = self.optimizer.param_groups
+        buffers = list(self.model.buffers())
+        buffers_at_start = [buffer.clone() for buffer in buffers]
+        generators = self._generators()
+
+        # First pass, at w.
+        self._zero_grad()
+        loss = self._loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        buffers_after_ascent = [buffer.clone() for buffer in buffers]
+        old: list[tuple[Tensor, Tensor]] = []
+        perturbations: list[Tensor] = []
+        with torch.no_grad():
+            if self.decay_in_ascent:
+                for group in groups:
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
+            grad_norm = self._grad_norm()
+            for group in groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        e = group["rho"] * p.grad / (grad_norm.to(p.device) + 1e-12)
+                        e = e.to(p.dtype)
+                        old.append((p, p.clone()))
+                        perturbations.append(e)
+                        p.add_(e)
+            perturbation_norm = _norm(perturbations)
+
+        # Second pass, at w + eps.
+        self._zero_grad()
+        if self.randomness == "same":
+            self._set_generators(generators)
+        perturbed_loss = self._loss(batch)
+        perturbed_loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for p, value in old:
+                p.copy_(value)
+            self.without_gradient = self._without_gradient()
+            scalars = (loss, perturbed_loss, grad_norm, self._grad_norm())
+            finite = all(bool(torch.isfinite(value)) for value in scalars)
+            if not finite and self.on_nonfinite != "ignore":
+                self._put_back(buffers, buffers_at_start)
+            else:
+                if self.running_stats == "ascent":
+                    self._put_back(buffers, buffers_after_ascent)
+                self.optimizer.step()
+        self._zero_grad()
+        return {
+            "loss": float(loss.detach()),
+            "perturbed_loss": float(perturbed_loss.detach()),
+            "grad_norm": float(grad_norm),
+            "perturbation_norm": float(perturbation_norm),
+            "finite": finite,
+        }
+
+    def _loss(self, batch: Batch) -> Tensor:
+        if isinstance(batch, Mapping):
+            parameters = inspect.signature(self.model.forward).parameters
+            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            count = len(batch) - (self.num_targets if self.loss_fn is not None else 0)
+            inputs = (
+                list(batch)[:count] if takes_any else [key for key in batch if key in parameters]
+            )
+            output = self.model(**{key: batch[key] for key in inputs})
+            targets = [value for key, value in batch.items() if key not in inputs]
+        else:
+            count = len(batch) - (self.num_targets if self.loss_fn is not None else 0)
+            output = self.model(*batch[:count])
+            targets = list(batch[count:])
+        loss: Tensor = output if self.loss_fn is None else self.loss_fn(output, *targets)
+        return loss
+
+    def _grad_norm(self) -> Tensor:
+        return _norm(
+            [
+                p.grad
+                for group in self.optimizer.param_groups
+                for p in group["params"]
+                if p.grad is not None
+            ]
+        )
+
+    def _without_gradient(self) -> set[str]:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        named = self.model.named_parameters()
+        return {name for name, p in named if p.grad is None or id(p) not in held}
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # parameters that the optimizer does not hold
+
+    @staticmethod
+    def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+    # -- state by name ------------------------------------------------------------------------
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of all parameters, frozen ones included; a tied one under its first name."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """Copies of parameters and buffers by torch's names, and slots as ``slot.<key>.<name>``.
+
+        Raises:
+            TypeError: The optimizer keeps a number where a tensor is expected.
+        """
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        state = {name: _array(value) for name, value in named.items()}
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    state[f"slot.{key}.{name}"] = _array(value)
+                elif value is not None:
+                    raise TypeError(f"state[{key!r}] of {name!r} is a {type(value).__name__}")
+        return state
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """The inverse of `snapshot`; a slot that is not in ``state`` is one not made yet."""
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, tensor in named.items():
+            tensor.copy_(torch.tensor(state[name]))
+        for name, p in self.model.named_parameters():
+            entries = self.optimizer.state.pop(p, {})
+            kept = {key: v for key, v in entries.items() if not isinstance(v, Tensor)}
+            for full, array in state.items():
+                key = full[len("slot.") : -len(name) - 1]
+                if full == f"slot.{key}.{name}" and "." not in key:
+                    value = torch.tensor(array)
+                    if self.is_double and value.is_floating_point():
+                        value = value.double()
+                    # torch.optim keeps its step counters on the CPU, wherever the parameter lives.
+                    kept[key] = value if key == "step" else value.to(p.device)
+            if kept:
+                self.optimizer.state[p] = kept
+
+    # -- surroundings -------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lives; batches are moved there."""
+        return next(self.model.parameters()).device
+
+    def _tensors(self, batch: Batch) -> Batch:
+        def moved(value: Any) -> Tensor:
+            tensor = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
+            tensor = tensor.detach().to(self.device)
+            return tensor.double() if self.is_double and tensor.is_floating_point() else tensor
+
+        if isinstance(batch, Mapping):
+            return {key: moved(value) for key, value in batch.items()}
+        return [moved(value) for value in batch]
+
+    @contextmanager
+    def _default_dtype(self) -> Iterator[None]:
+        # Constants made in forward, and slots such as NAdam's mu_product, take the default dtype.
+        before = torch.get_default_dtype()
+        if self.is_double:
+            torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def _generators(self) -> tuple[Tensor, list[Tensor]]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return torch.get_rng_state(), cuda
+
+    @staticmethod
+    def _set_generators(states: tuple[Tensor, list[Tensor]]) -> None:
+        torch.set_rng_state(states[0])
+        if states[1]:
+            torch.cuda.set_rng_state_all(states[1])
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """One L2 norm over all tensors, in at least float32, on the device of the first one."""
+    wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    norm: Tensor = torch.norm(torch.stack([t.norm().to(tensors[0].device) for t in wide]))
+    return norm
+
+
+def _array(value: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = value.detach().cpu().numpy().copy()
+    return array

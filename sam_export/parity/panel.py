@@ -1,0 +1,244 @@
+"""The oracle runs that a target is judged by: the judge, eager as it is, and eager disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sam_export.errors import ParityError
+from sam_export.parity.compare import State
+from sam_export.parity.disturb import (
+    SMALLEST,
+    examples,
+    jittered,
+    jittered_input,
+    map_batch,
+    permuted,
+)
+from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.tolerances import Tolerances
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What one contestant made of one step.
+
+    Attributes:
+        metrics: ``loss``, ``perturbed_loss``, ``grad_norm``, ``perturbation_norm``.
+        finite: The step's own word on whether all was finite.
+        state: State after it, by name.
+        start: State that its change counts from.
+    """
+
+    metrics: dict[str, float]
+    finite: bool
+    state: State
+    start: State
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step of all oracle runs.
+
+    Attributes:
+        judge: The reference.
+        runs: In the model's dtype; the first one is eager as it is.
+        untrained: Parameters that got no gradient.
+    """
+
+    judge: Stepped
+    runs: tuple[Stepped, ...]
+    untrained: frozenset[str]
+
+    @property
+    def eager(self) -> Stepped:
+        """Eager in the model's dtype, undisturbed."""
+        return self.runs[0]
+
+
+class Panel:
+    """All oracle runs over one model, its optimizer and its batches.
+
+    The judge is the oracle in float64. A model that draws random numbers draws others in float64,
+    and some models cannot run in float64: eager in the model's own dtype is the judge then, and
+    `notes` says so.
+
+    The disturbed runs see their batches permuted. Below float64 their weights and inputs are also
+    off by up to one rounding: an algorithm is as good as can be if its result is the exact one for
+    data so disturbed (backward stability), and one kernel's own error may be luckily small. The
+    same is done in float64 where permuting is no mere change of rounding (random numbers, a loss
+    that depends on the order, fewer than three examples); `notes` says so.
+
+    Args:
+        make: Makes a fresh oracle at the start state.
+        batches: As the user gave them; they are cycled.
+        seed: Of the permutations and of torch's generators before each step.
+        tol: How many disturbed runs.
+
+    Raises:
+        ParityError: Eager itself cannot run the step.
+    """
+
+    def __init__(
+        self, make: Callable[[], Oracle], batches: Sequence[Batch], seed: int, tol: Tolerances
+    ) -> None:
+        self.batches = batches
+        self.seed = seed
+        self.permutations = tol.permutations
+        self.notes: list[str] = []
+        self._make = make
+        try:
+            probe = make()
+            self.start = probe.snapshot()
+            drew = self._draws_random_numbers(probe)
+        except Exception as error:
+            raise ParityError(
+                f"Eager itself cannot run this step, so there is nothing to compare with: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self.parameters = frozenset(probe.parameter_names)
+        self.buffers = frozenset(n for n, _ in probe.model.named_buffers())
+        self.dtype = str(next(self.start[n].dtype for n in probe.parameter_names))
+        self._eager = make()
+        self.on_nonfinite = self._eager.on_nonfinite
+        self._judge = self._make_judge(drew)
+        self._permutes = not drew and self._order_is_neutral()
+        self._jitters = not self._permutes or self.dtype != "float64"
+        if not self._permutes:
+            self.notes.append(
+                "noise floor without permutations (random numbers, a loss that depends on the "
+                "order, or too few examples): weights and inputs off by one rounding"
+            )
+        self._free: list[tuple[Oracle, State]] = [(self._make_judge(drew, quiet=True), self.start)]
+        for variant in range(tol.permutations + 1):
+            oracle = make()
+            start = self._disturbed_state(self.start, variant, 0)
+            oracle.load(start)
+            self._free.append((oracle, start))
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        return self.batches[step % len(self.batches)]
+
+    def seed_generators(self, step: int) -> None:
+        """Puts torch's generators where every contestant of this step finds them."""
+        torch.manual_seed(self.seed * 1_000_003 + step)
+
+    def free(self, step: int) -> Round:
+        """The next step of the free-running oracles; call it with 0, 1, 2, …"""
+        return self._round(self._free, self.batch(step), step)
+
+    def lock(self, state: State, step: int, batch: Batch) -> Round:
+        """One step of every oracle run from ``state``."""
+        self._judge.load(state)
+        results = [self._stepped(self._judge, state, batch, step)]
+        for variant in range(self.permutations + 1):
+            start = self._disturbed_state(state, variant, step)
+            self._eager.load(start)
+            disturbed = self._disturbed_batch(batch, variant, step)
+            results.append(self._stepped(self._eager, start, disturbed, step))
+        return self._checked(results, step, self._eager.without_gradient)
+
+    def nudged(
+        self, state: State, batch: Batch, step: int, attempt: int, ulps: float
+    ) -> tuple[State, Batch]:
+        """Weights and inputs moved by up to ``ulps`` roundings, for a retest."""
+        rng = np.random.default_rng([self.seed, 7, step, attempt])
+        moved = {
+            name: jittered(value, ulps, rng) if name in self.parameters else value
+            for name, value in state.items()
+        }
+        return moved, map_batch(batch, lambda value: jittered_input(value, ulps, rng, self.dtype))
+
+    # -- the runs -----------------------------------------------------------------------------
+
+    def _round(self, oracles: Sequence[tuple[Oracle, State]], batch: Batch, step: int) -> Round:
+        results = [self._stepped(oracles[0][0], oracles[0][1], batch, step)]
+        for variant, (oracle, start) in enumerate(oracles[1:]):
+            disturbed = self._disturbed_batch(batch, variant, step)
+            results.append(self._stepped(oracle, start, disturbed, step))
+        return self._checked(results, step, oracles[1][0].without_gradient)
+
+    def _stepped(self, oracle: Oracle, start: State, batch: Batch, step: int) -> Stepped:
+        self.seed_generators(step)
+        values = oracle.step(batch)
+        finite = bool(values.pop("finite"))
+        return Stepped({k: float(v) for k, v in values.items()}, finite, oracle.snapshot(), start)
+
+    def _checked(self, results: list[Stepped], step: int, untrained: set[str]) -> Round:
+        verdicts = {result.finite for result in results}
+        if len(verdicts) > 1:
+            raise ParityError(
+                f"Step {step + 1} is finite in float64 and not in {self.dtype}, or only in some "
+                "orders of the batch: eager itself is at the edge of overflow there, so there is "
+                "nothing to compare with. Lower lr or rho, or scale the inputs."
+            )
+        if verdicts == {False} and self.on_nonfinite == "ignore":
+            raise ParityError(
+                f"Step {step + 1} is not finite in eager, and on_nonfinite='ignore' lets it reach "
+                "the weights: there is nothing to compare with from there on. Give fewer steps or "
+                "other batches."
+            )
+        return Round(results[0], tuple(results[1:]), frozenset(untrained))
+
+    # -- the judge and the disturbances -------------------------------------------------------
+
+    def _draws_random_numbers(self, oracle: Oracle) -> bool:
+        self.seed_generators(0)
+        before = _generator_states()
+        oracle.step(self.batches[0])
+        return any(not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True))
+
+    def _make_judge(self, drew: bool, quiet: bool = False) -> Oracle:
+        reason = "the model draws random numbers, which are others in float64" if drew else ""
+        if not drew:
+            try:
+                judge = self._make().double()
+                judge.step(self.batches[0])
+            except Exception as error:
+                reason = f"in float64 the model fails with {type(error).__name__}: {error}"
+        if reason and not quiet:
+            self.notes.append(f"judged by eager in {self.dtype}: {reason}")
+        return self._make() if reason else self._make().double()
+
+    def _order_is_neutral(self) -> bool:
+        """Whether permuting the examples changes the loss by rounding only."""
+        batch = next((b for b in self.batches if examples(b) >= SMALLEST), None)
+        if batch is None:
+            return False
+        losses = []
+        for variant in (0, 1):
+            self._judge.load(self.start)
+            losses.append(self._judge.step(permuted(batch, np.random.default_rng(variant)))["loss"])
+        # Summing n terms in another order errs by about sqrt(n) roundings; 1e4 is far above that
+        # and far below what exchanging examples does to a loss that depends on their order.
+        eps = np.finfo("float64" if self._judge.is_double else self.dtype).eps
+        return not abs(losses[0] - losses[1]) > 1e4 * float(eps) * abs(losses[0])
+
+    def _disturbed_state(self, state: State, variant: int, step: int) -> State:
+        if variant == 0 or not self._jitters:
+            return state
+        rng = np.random.default_rng([self.seed, 1, variant, step])
+        return {
+            name: jittered(value, 1.0, rng) if name in self.parameters else value
+            for name, value in state.items()
+        }
+
+    def _disturbed_batch(self, batch: Batch, variant: int, step: int) -> Batch:
+        if variant == 0:
+            return batch
+        rng = np.random.default_rng([self.seed, 2, variant, step])
+        permutes = self._permutes and examples(batch) >= SMALLEST
+        if permutes:
+            batch = permuted(batch, rng)
+        if permutes and not self._jitters:
+            return batch
+        return map_batch(batch, lambda value: jittered_input(value, 1.0, rng, self.dtype))
+
+
+def _generator_states() -> list[torch.Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *cuda]

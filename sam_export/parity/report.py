@@ -1,0 +1,254 @@
+"""`ParityReport`: what the check found, as a table for people and as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sam_export.errors import ParityError
+from sam_export.parity.tolerances import Tolerances
+from sam_export.parity.verdict import Row
+
+FORMAT = 1
+"""Number of the JSON schema that `ParityReport.to_dict` describes."""
+
+_WIDTH = 100
+_SHOWN = 3
+_SHOWN_FAILED = 8
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """What one target's session did.
+
+    Attributes:
+        name: The target, or the name that the session was given.
+        provider: What really ran the graph; None where the session does not say.
+        rows: One verdict per tensor and metric and mode.
+        lock_step: Largest relative error of each lock-step step, without noise tensors.
+        free_running: The same of each free-running step.
+        error: Why the target could not be built or run to the end; None where it could.
+        seconds: Time for building the target and for running its steps.
+    """
+
+    name: str
+    provider: str | None
+    rows: tuple[Row, ...]
+    lock_step: tuple[float, ...]
+    free_running: tuple[float, ...]
+    error: str | None
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the target ran and nothing differs."""
+        return self.error is None and bool(self.rows) and not self.failed
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """The rows that differ, worst first."""
+        return self.worst([row for row in self.rows if row.verdict == "FAIL"])
+
+    @property
+    def noise(self) -> tuple[str, ...]:
+        """Names of tensors whose change is rounding noise in eager itself, in either mode."""
+        return tuple(dict.fromkeys(row.name for row in self.rows if row.verdict == "noise"))
+
+    @staticmethod
+    def worst(rows: list[Row]) -> tuple[Row, ...]:
+        """Rows by error in units of what is allowed, largest first."""
+        return tuple(sorted(rows, key=lambda row: (-row.badness, -row.relative, row.name)))
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Verdict on every target, with all that is needed to believe and to repeat it.
+
+    Attributes:
+        targets: One report per target, in the order in which they were asked for.
+        dtype: NumPy's name of the model's dtype.
+        num_steps: Steps of each mode.
+        batch_sizes: Examples in each step's batch.
+        seed: Of torch's generators, the permutations and the nudges.
+        optimizer: Class of the base optimizer.
+        semantics: The fields of `Semantics`.
+        versions: Package to version, and Python's.
+        device: Device of the sessions, as it was asked for.
+        threads: torch's thread count, for the oracle.
+        notes: Where the check had to judge otherwise than usual, and why.
+        tolerances: The numbers that decided.
+    """
+
+    targets: tuple[TargetReport, ...]
+    dtype: str
+    num_steps: int
+    batch_sizes: tuple[int, ...]
+    seed: int
+    optimizer: str
+    semantics: Mapping[str, Any]
+    versions: Mapping[str, str]
+    device: str
+    threads: int
+    notes: tuple[str, ...]
+    tolerances: Tolerances
+
+    @property
+    def ok(self) -> bool:
+        """Whether every target passed."""
+        return bool(self.targets) and all(target.ok for target in self.targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; a number that is not finite is null.
+
+        Keys: ``format`` (1), ``ok``, ``dtype``, ``num_steps``, ``batch_sizes`` (one per step),
+        ``seed``, ``optimizer``, ``semantics``, ``versions``, ``device``, ``threads``, ``notes``,
+        ``tolerances`` (the fields of `Tolerances`), and ``targets``, a list of objects with
+        ``name``, ``ok``, ``provider``, ``error``, ``seconds``, ``noise`` (tensor names),
+        ``lock_step`` and ``free_running`` (largest relative error of each step), and ``rows``,
+        a list of objects with the fields of `Row`.
+        """
+        values = {
+            "format": FORMAT,
+            "ok": self.ok,
+            **asdict(self),
+            "targets": [
+                {**asdict(target), "ok": target.ok, "noise": list(target.noise)}
+                for target in self.targets
+            ],
+        }
+        plain = _plain(values)
+        assert isinstance(plain, dict)
+        return plain
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_dict` to a file, whole or not at all.
+
+        Raises:
+            ParityError: The file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        folder = os.path.dirname(os.path.abspath(path))
+        temporary = None
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=folder, prefix=".parity-", delete=False, encoding="utf-8"
+            ) as file:
+                temporary = file.name
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # temporary files are private, a report is not
+            os.replace(temporary, path)
+        except OSError as error:
+            if temporary is not None and os.path.exists(temporary):
+                os.unlink(temporary)
+            raise ParityError(
+                f"The report cannot be written to {os.fspath(path)}: {error.strerror or error}."
+            ) from error
+
+    def __str__(self) -> str:
+        sizes = "/".join(str(size) for size in dict.fromkeys(self.batch_sizes))
+        lines = [
+            f"parity with eager SAM + {self.optimizer}: {'OK' if self.ok else 'FAILED'}",
+            f"{self.dtype}, {self.num_steps} steps, batches of {sizes}, seed {self.seed}, "
+            f"device {self.device}, torch {self.versions.get('torch', '?')}",
+        ]
+        for target in self.targets:
+            lines += ["", *_target_lines(target)]
+        lines += ["", *self._legend()]
+        return "\n".join(lines)
+
+    def _legend(self) -> list[str]:
+        tol = self.tolerances
+        if self.dtype == "float64":
+            rule = f"passes: error <= {tol.exact:g} of the change, or {tol.factor:g} floors"
+        else:
+            lock = tol.relative(self.dtype, "lock-step")
+            rule = (
+                f"passes: error <= {tol.factor:g} floors, or <= {lock:.1e} (lock-step: each step "
+                f"from eager's state) or {tol.drift:g} (free-running) of the change"
+            )
+        judge = "the oracle's own spread" if self.dtype == "float64" else "eager's own distance"
+        text = (
+            f"{rule}. Error: distance of the target's change from the float64 oracle's; floor: "
+            f"{judge} from it under {tol.permutations} batch permutations; noise: the change is "
+            f"below {tol.floors:g} floors."
+        )
+        return [
+            *_wrapped(text, ""),
+            *(line for note in self.notes for line in _wrapped(note, "! ")),
+        ]
+
+
+def _target_lines(target: TargetReport) -> list[str]:
+    where = f" ({target.provider})" if target.provider else ""
+    verdict = "OK" if target.ok else "FAILED"
+    lines = [f"{target.name}{where}: {verdict}, {target.seconds:.1f} s"]
+    if target.error is not None:
+        lines += _wrapped(target.error, "  error: ")
+    if not target.rows:
+        return lines
+    header = ("tensor", "mode", "step", "change", "error", "relative", "floor", "bound", "verdict")
+    lines.append(_columns(header))
+    failed = target.failed
+    shown = list(failed[:_SHOWN_FAILED])
+    for mode in ("lock-step", "free-running"):
+        rows = [row for row in target.rows if row.mode == mode and row.verdict != "FAIL"]
+        shown += target.worst(rows)[: _SHOWN if not failed else 0]
+    lines += [_columns(_cells(row)) for row in shown]
+    lines += [f"  {row.name}: {row.note}" for row in shown if row.note]
+    counts = {v: sum(row.verdict == v for row in target.rows) for v in ("ok", "noise", "FAIL")}
+    lines.append(
+        f"  {counts['ok']} ok, {counts['noise']} noise, {counts['FAIL']} FAIL of "
+        f"{len(target.rows)} comparisons ({len(shown)} shown, worst first)"
+    )
+    if target.noise:
+        lines += _wrapped(", ".join(target.noise), "  noise: ")
+    tipped = {row.name: row.tipped for row in target.rows if row.tipped}
+    if tipped:
+        text = ", ".join(f"{name} ({count})" for name, count in tipped.items())
+        lines += _wrapped(text, "  gone when moved a few ulps (steps): ")
+    return lines
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    name = row.name if len(row.name) <= 30 else "…" + row.name[-29:]
+    mode = row.mode.replace("free-running", "free").replace("lock-step", "lock")
+    numbers = (row.change, row.error, row.relative, row.floor, row.bound)
+    return (name, mode, str(row.step), *(f"{value:.1e}" for value in numbers), row.verdict)
+
+
+def _columns(cells: tuple[str, ...]) -> str:
+    name, mode, step, *numbers, verdict = cells
+    return (
+        f"  {name:<30} {mode:<5} {step:>4} "
+        + " ".join(f"{number:>8}" for number in numbers)
+        + f"  {verdict}"
+    )
+
+
+def _wrapped(text: str, first: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * min(len(first), 9),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
