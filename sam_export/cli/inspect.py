@@ -1,0 +1,217 @@
+"""``sam-export inspect``: what is in an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sam_export.cli.console import format_bytes, print_table
+
+if TYPE_CHECKING:
+    from sam_export.artifact.contract import TensorSpec
+    from sam_export.artifact.folder import Artifact
+
+_EPILOG = """\
+examples:
+  sam-export inspect build/digits
+  sam-export inspect build/digits --json | python -m json.tool
+
+The op histogram of an ONNX artifact needs the package onnx; everything else needs NumPy only.
+"""
+
+_STATE_ROLES = ("parameter", "buffer", "slot", "counter", "rng")
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command to the parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="show what is in an artifact",
+        description="Shows an artifact's contract (every input and output with role, dtype and "
+        "shape), sizes, operators, semantics, hyper-parameters and versions. All files are checked "
+        "against their hashes first.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that `export` wrote")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the tables, or JSON."""
+    from sam_export.artifact.folder import open_artifact
+
+    artifact = open_artifact(args.artifact)
+    operators, reason = _operators(artifact)
+    if args.json:
+        print(json.dumps(_as_dict(artifact, operators), indent=2, ensure_ascii=False))
+        return 0
+    _print_overview(artifact)
+    _print_programs(artifact)
+    _print_operators(operators, reason)
+    _print_details(artifact)
+    _print_tensors(artifact)
+    return 0
+
+
+def count_operators(path: Path) -> Counter[str]:
+    """Nodes of an ONNX file by operator, those in subgraphs and local functions included.
+
+    Args:
+        path: The file. Operators outside the standard set are named ``domain::Op``.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    counts: Counter[str] = Counter()
+    waiting = [list(model.graph.node), *(list(function.node) for function in model.functions)]
+    while waiting:
+        for node in waiting.pop():
+            domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
+            counts[domain + node.op_type] += 1
+            for attribute in node.attribute:
+                waiting += [list(graph.node) for graph in (attribute.g, *attribute.graphs)]
+    return counts
+
+
+def _operators(artifact: Artifact) -> tuple[dict[str, Counter[str]] | None, str]:
+    """Program to its operators, or None and why they are not known."""
+    if not all(name.endswith(".onnx") for name in artifact.files.values()):
+        return None, f"they are counted for ONNX files only, not for {artifact.target}"
+    if importlib.util.find_spec("onnx") is None:
+        return None, "counting them needs the package onnx: pip install onnx"
+    programs = [program.name for program in artifact.contract.programs]
+    return {program: count_operators(artifact.file(program)) for program in programs}, ""
+
+
+def _as_dict(artifact: Artifact, operators: dict[str, Counter[str]] | None) -> dict[str, Any]:
+    counted = None
+    if operators is not None:
+        counted = {program: dict(counts.most_common()) for program, counts in operators.items()}
+    return {
+        "path": str(artifact.path),
+        "target": artifact.target,
+        "bytes": artifact.size,
+        "files": {
+            program: {"name": name, "bytes": artifact.file(program).stat().st_size}
+            for program, name in artifact.files.items()
+        },
+        "contract": artifact.contract.to_dict(),
+        "semantics": artifact.semantics.to_dict(),
+        "hyper": {spec.name: list(spec.defaults) for spec in artifact.contract.hyper},
+        "operators": counted,
+        "versions": artifact.versions,
+        "details": artifact.details,
+    }
+
+
+def _print_overview(artifact: Artifact) -> None:
+    contract = artifact.contract
+    hyper = ", ".join(
+        f"{spec.name} {' / '.join(f'{value:g}' for value in spec.defaults)}"
+        for spec in contract.hyper
+    )
+    groups = " + ".join(str(len(group)) for group in contract.groups)
+    dims = ", ".join(f"{name} >= {least}" for name, least in contract.dims.items())
+    semantics = ", ".join(f"{k} {v}" for k, v in artifact.semantics.to_dict().items())
+    rows = [
+        ["artifact", str(artifact.path)],
+        ["target", artifact.target],
+        ["size", format_bytes(artifact.size)],
+        ["base optimizer", f"{contract.optimizer} over {groups} parameters"],
+        ["hyper-parameters", hyper],
+        ["batch", f"a {contract.batch_kind} of {', '.join(spec.name for spec in contract.batch)}"],
+        ["symbolic sizes", dims or "none"],
+        ["semantics", semantics],
+        ["made with", ", ".join(f"{name} {found}" for name, found in artifact.versions.items())],
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name.ljust(width)}  {value}")
+
+
+def _print_programs(artifact: Artifact) -> None:
+    rows = []
+    for program in artifact.contract.programs:
+        path = artifact.file(program.name)
+        size = format_bytes(path.stat().st_size)
+        counts = [str(len(part)) for part in (program.inputs, program.outputs, program.feeds)]
+        rows.append([program.name, path.name, size, *counts])
+    print()
+    headers = ["program", "file", "size", "inputs", "outputs", "new state"]
+    print_table(headers, rows, "Programs")
+    rows = []
+    for role in _STATE_ROLES:
+        specs = [spec for spec in artifact.contract.state if spec.role == role]
+        if specs:
+            elements = sum(math.prod(map(int, spec.shape)) for spec in specs)
+            size = format_bytes(sum(map(_bytes, specs)))
+            rows.append([role, str(len(specs)), f"{elements:,}", size])
+    print()
+    print_table(["state", "tensors", "elements", "size"], rows, "State")
+
+
+def _print_operators(operators: dict[str, Counter[str]] | None, reason: str) -> None:
+    print()
+    if operators is None:
+        print(f"Operators: {reason}")
+        return
+    total: Counter[str] = sum(operators.values(), Counter())
+    rows = [
+        [name, *(str(counts[name] or "") for counts in operators.values())]
+        for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    rows.append(["all", *(str(counts.total()) for counts in operators.values())])
+    print_table(["operator", *operators], rows, "Operators")
+
+
+def _print_details(artifact: Artifact) -> None:
+    details = {name: value for name, value in artifact.details.items() if name != "in_place"}
+    if details:
+        print("\nDetails")
+    for name, value in details.items():
+        print(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _print_tensors(artifact: Artifact) -> None:
+    contract = artifact.contract
+    inputs = (*contract.state, *contract.hyper_inputs, *contract.batch)
+    rows = [[spec.name, spec.role, spec.description, _note(spec, artifact)] for spec in inputs]
+    print()
+    print_table(["input", "role", "type", "note"], rows, "Inputs")
+    for program in contract.programs:
+        headers = ["output", "role", "type", *(["becomes"] if program.feeds else [])]
+        rows = [
+            [spec.name, spec.role, spec.description, program.feeds.get(spec.name, "")]
+            for spec in program.outputs
+        ]
+        print()
+        print_table(headers, [row[: len(headers)] for row in rows], f"Outputs of {program.name}")
+
+
+def _note(spec: TensorSpec, artifact: Artifact) -> str:
+    """What else is to be said about an input: group, dtype in eager, how it is updated."""
+    notes = []
+    groups = artifact.contract.groups
+    if spec.role == "parameter" and not spec.trainable:
+        notes.append("not trained")
+    elif len(groups) > 1:
+        notes += [f"group {index}" for index, group in enumerate(groups) if spec.name in group]
+    if spec.eager_dtype is not None:
+        notes.append(f"{spec.eager_dtype} in eager")
+    in_place = artifact.details.get("in_place", {})
+    if spec.name in in_place:
+        reason = in_place[spec.name]
+        notes.append(f"two buffers: {reason}" if reason else "updated in place")
+    return ", ".join(notes)
+
+
+def _bytes(spec: TensorSpec) -> int:
+    import numpy as np
+
+    return math.prod(map(int, spec.shape)) * np.dtype(spec.dtype).itemsize

@@ -1,0 +1,103 @@
+"""What the benchmark trains: a model, its real or random batches, and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    import sam_export as sx
+
+RHO = 0.05
+OPTIMIZER = "sgd"
+"""Key of `models.optimizers.BASE_OPTIMIZERS`: SGD with momentum and weight decay."""
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with one batch size.
+
+    Attributes:
+        name: As in ``--models`` and in the table.
+        description: For people.
+        recipe: Makes the SAM step and its batches, for the export.
+        model: Makes the same model, with the same initial weights, and nothing else.
+    """
+
+    name: str
+    description: str
+    recipe: Callable[[], tuple[sx.TrainStep, list[tuple[Any, Any]]]]
+    model: Callable[[], nn.Module]
+
+
+# Imports are deferred so that a contestant without torch can read the table of cases.
+def _digits_cnn(name: str, batch_size: int) -> Case:
+    def recipe() -> Any:
+        from models import digits_cnn
+
+        return digits_cnn.recipe(SEED, batch_size, optimizer=OPTIMIZER, rho=RHO)
+
+    def model() -> nn.Module:
+        from models.digits_cnn import DigitsCNN
+
+        return _seeded(DigitsCNN)
+
+    return Case(name, f"digits CNN, 1x8x8, batch {batch_size}", recipe, model)
+
+
+def _mlp(name: str, description: str, hidden: tuple[int, ...]) -> Case:
+    def recipe() -> Any:
+        from models import mlp
+
+        return mlp.recipe(SEED, 64, optimizer=OPTIMIZER, rho=RHO, hidden=hidden)
+
+    def model() -> nn.Module:
+        from models.mlp import MLP
+
+        return _seeded(lambda: MLP(hidden=hidden))
+
+    return Case(name, description, recipe, model)
+
+
+def _wide_resnet(name: str) -> Case:
+    def recipe() -> Any:
+        from models import wide_resnet
+
+        return wide_resnet.recipe(SEED, 32, optimizer=OPTIMIZER, rho=RHO, num_batches=4)
+
+    def model() -> nn.Module:
+        from models.wide_resnet import WideResNet
+
+        return _seeded(WideResNet)
+
+    return Case(name, "WRN-16-4, 3x32x32, batch 32", recipe, model)
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    import torch
+
+    torch.manual_seed(SEED)
+    return make()
+
+
+CASES = {
+    case.name: case
+    for case in (
+        _mlp("mlp", "MLP 64-512-512-10, batch 64", (512, 512)),
+        _digits_cnn("digits_cnn", 64),
+        _digits_cnn("digits_cnn_32", 32),
+        _wide_resnet("wide_resnet"),
+        _mlp(
+            "mlp_2048",
+            "MLP 64-2048x8-10, batch 64: weights outweigh all else, so peak memory shows copies",
+            (2048,) * 8,
+        ),
+    )
+}
+
+DEFAULT_CASES = ("mlp", "digits_cnn", "digits_cnn_32", "wide_resnet")
