@@ -12,6 +12,7 @@ from sam_export.artifact.result import StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
 from sam_export.step.batch import BatchLayout, layout_of, unwrapped
+from sam_export.step.call import call_with
 from sam_export.step.passes import Group, Objective, Passes, two_passes
 from sam_export.step.sam import SAM
 from sam_export.step.update import Slots, apply_update
@@ -110,7 +111,7 @@ class TrainStep(nn.Module):
         ) -> tuple[Tensor, Any]:
             def model(*args: Any, **kwargs: Any) -> Any:
                 state = {**parameters, **buffers}
-                return torch.func.functional_call(self.model, state, args, kwargs)
+                return call_with(self.model, state, args, kwargs)
 
             outputs = layout.call(model, values)
             loss = (

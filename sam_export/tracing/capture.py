@@ -23,6 +23,7 @@ from sam_export.artifact.contract import (
 )
 from sam_export.errors import CaptureError
 from sam_export.step.batch import BatchLayout, unwrapped
+from sam_export.step.call import call_with
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
@@ -151,7 +152,7 @@ class _Capture:
 
     def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
         outputs = self.layout.call(
-            lambda *args, **kwargs: torch.func.functional_call(
+            lambda *args, **kwargs: call_with(
                 self.step.model, self._model_state(given), args, kwargs
             ),
             [given[name] for name in self.layout.inputs],

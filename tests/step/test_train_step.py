@@ -178,6 +178,37 @@ def test_frozen_unused_and_tied_parameters() -> None:
     assert torch.equal(ours.unused, torch.ones(2))
 
 
+class SharedLayer(nn.Module):
+    """One layer under two names, and a buffer under two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.again = self.first
+        self.norm = nn.BatchNorm1d(5)
+        self.norm_too = self.norm
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm_too(self.norm(self.again(torch.relu(self.first(x))))))
+
+
+def test_a_layer_under_two_names_stays_the_models() -> None:
+    torch.manual_seed(0)
+    ours = SharedLayer().double()
+    plain = copy.deepcopy(ours)
+    before = [id(tensor) for tensor in (*ours.parameters(), *ours.buffers())]
+    loop = sx.Semantics.eager_loop()
+    step, _ = make(ours, loop)
+    base = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for x, y in batches(3, torch.float64):
+        step(x, y)
+    plain_loop(plain, base, 0.05, batches(3, torch.float64))
+    assert [id(tensor) for tensor in (*ours.parameters(), *ours.buffers())] == before
+    for name, value in plain.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
 def test_decay_in_ascent_moves_the_perturbation() -> None:
     x, y = batches(1, torch.float64)[0]
     model = small_model(torch.float64)
