@@ -1,7 +1,7 @@
 """The artifact: a folder that holds one step in one target's form.
 
-``manifest.json``, ``state.safetensors`` (parameters, buffers and slots at export time) and one
-file per program. It is readable without torch and without this package.
+``manifest.json``, ``state.safetensors`` (parameters, buffers and slots at export time) and a
+file per program, or one for all. It is readable without torch and without this package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sam_export.errors import ArtifactError
 
 @dataclass(frozen=True)
 class LoweredFile:
-    """One program in its target's form.
+    """A file of an artifact: a program in its target's form, or several.
 
     Attributes:
         name: File name in the artifact (``step.onnx``).
@@ -53,7 +53,7 @@ class Lowered:
         target: Name of the target.
         contract: Names, dtypes and shapes of everything that goes in and out.
         semantics: What one step means.
-        files: Program name to its file; one for each program of the contract.
+        files: Program name to its file, for each program of the contract. Programs may share one.
         state: Parameters, buffers and slots at export time, with the contract's dtypes.
         versions: Package name to version, of everything that shaped the files.
         details: JSON values that the target tells its engine and the user.
@@ -103,7 +103,7 @@ class Artifact:
     @property
     def size(self) -> int:
         """Bytes of all files together."""
-        names = (MANIFEST_FILE, STATE_FILE, *self.files.values())
+        names = (MANIFEST_FILE, STATE_FILE, *set(self.files.values()))
         return sum((self.path / name).stat().st_size for name in names)
 
 
@@ -130,9 +130,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         contract=manifest.contract,
         semantics=manifest.semantics,
         files={
-            entry.program: name
-            for name, entry in manifest.files.items()
-            if entry.program is not None
+            program: name for name, entry in manifest.files.items() for program in entry.programs
         },
         versions=manifest.versions,
         details=manifest.details,
@@ -198,16 +196,27 @@ def _missing_parents(path: Path) -> list[Path]:
 
 def _fill(folder: Path, lowered: Lowered) -> None:
     entries: dict[str, FileEntry] = {}
-    for program, file in lowered.files.items():
-        (folder / file.name).write_bytes(file.data)
-        sync(folder / file.name)
-        entries[file.name] = _entry(folder / file.name, program)
+    for name, (programs, data) in _by_file(lowered).items():
+        (folder / name).write_bytes(data)
+        sync(folder / name)
+        entries[name] = _entry(folder / name, programs)
     write_state(folder / STATE_FILE, lowered.state)
-    entries[STATE_FILE] = _entry(folder / STATE_FILE, None)
+    entries[STATE_FILE] = _entry(folder / STATE_FILE, ())
     manifest = _manifest_of(lowered, entries)
     (folder / MANIFEST_FILE).write_bytes(manifest.to_json())
     sync(folder / MANIFEST_FILE)
     sync(folder)
+
+
+def _by_file(lowered: Lowered) -> dict[str, tuple[tuple[str, ...], bytes]]:
+    """File name to the programs in it and its content."""
+    files: dict[str, tuple[tuple[str, ...], bytes]] = {}
+    for program, file in lowered.files.items():
+        programs, data = files.get(file.name, ((), file.data))
+        if data is not file.data:
+            raise ArtifactError(f"Two programs want the file {file.name}, each its own content.")
+        files[file.name] = ((*programs, program), data)
+    return files
 
 
 def _manifest_of(lowered: Lowered, entries: dict[str, FileEntry]) -> Manifest:
@@ -223,14 +232,15 @@ def _manifest_of(lowered: Lowered, entries: dict[str, FileEntry]) -> Manifest:
 
 def _check_lowered(lowered: Lowered) -> None:
     """Refuses what the reader would refuse, before anything is written."""
-    names = [file.name for file in lowered.files.values()]
+    files = _by_file(lowered)
+    names = list(files)
     if len({name.casefold() for name in (*names, STATE_FILE)}) != len(names) + 1:
         raise ArtifactError(
-            f"Each program needs a file name of its own, other than {STATE_FILE}; found "
+            f"Files need names that differ in more than case, other than {STATE_FILE}; found "
             f"{', '.join(names)}."
         )
-    entries = {file.name: FileEntry("", 0, program) for program, file in lowered.files.items()}
-    _manifest_of(lowered, {**entries, STATE_FILE: FileEntry("", 0, None)}).to_json()
+    entries = {name: FileEntry("", 0, programs) for name, (programs, _) in files.items()}
+    _manifest_of(lowered, {**entries, STATE_FILE: FileEntry("", 0, ())}).to_json()
     lines = differences(shapes_of(lowered.state), lowered.contract.state)
     if lines:
         raise ArtifactError(f"The state to write does not match the contract: {first_few(lines)}.")
@@ -283,10 +293,11 @@ def _read_manifest(folder: Path) -> Manifest:
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     if not path.is_file():
-        what = f"the program {entry.program!r}" if entry.program else "the initial state"
+        held = " and ".join(map(repr, entry.programs))
+        what = f"the program {held}" if held else "the initial state"
         raise ArtifactError(f"{path} is missing; it holds {what}. Copy the whole folder again.")
     try:
-        found = _entry(path, entry.program)
+        found = _entry(path, entry.programs)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}.") from error
     if found != entry:
@@ -298,10 +309,10 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
         )
 
 
-def _entry(path: Path, program: str | None) -> FileEntry:
+def _entry(path: Path, programs: tuple[str, ...]) -> FileEntry:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileEntry(digest, file.tell(), program)
+        return FileEntry(digest, file.tell(), programs)
 
 
 def _check_state(shapes: Any, contract: StepContract, folder: Path) -> None:

@@ -36,12 +36,12 @@ class FileEntry:
     Attributes:
         sha256: Hash of its content, in hexadecimal.
         bytes: Its size.
-        program: The program that it holds; None for the initial state.
+        programs: The programs that it holds; none for the initial state.
     """
 
     sha256: str
     bytes: int
-    program: str | None
+    programs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Manifest:
                 target=values["target"],
                 contract=StepContract.from_dict(values["contract"]),
                 semantics=Semantics.from_dict(values["semantics"]),
-                files={name: FileEntry(**entry) for name, entry in values["files"].items()},
+                files={name: _file_entry(entry) for name, entry in values["files"].items()},
                 versions=values["versions"],
                 details=values["details"],
             )
@@ -145,17 +145,23 @@ class Manifest:
             _require(
                 isinstance(entry.bytes, int)
                 and isinstance(entry.sha256, str)
-                and (entry.program is None) == (name == STATE_FILE),
+                and (not entry.programs) == (name == STATE_FILE),
                 f"the entry of {name!r} is not that of a program or of {STATE_FILE}",
             )
         _require(STATE_FILE in self.files, f"{STATE_FILE} is not among the files")
-        held = sorted(entry.program for entry in self.files.values() if entry.program is not None)
+        held = sorted(program for entry in self.files.values() for program in entry.programs)
         wanted = sorted(program.name for program in self.contract.programs)
         _require(
             held == wanted,
             f"the files hold the programs {', '.join(held) or 'none'}, the contract has "
             f"{', '.join(wanted)}",
         )
+
+
+def _file_entry(values: dict[str, Any]) -> FileEntry:
+    if not isinstance(values["programs"], list):
+        raise ArtifactError("It is malformed: the programs of a file are a list.")
+    return FileEntry(**{**values, "programs": tuple(values["programs"])})
 
 
 def check_contract(contract: StepContract) -> None:

@@ -65,7 +65,7 @@ def test_the_manifest_is_plain_json_with_the_documented_fields(tmp_path: Path) -
     assert set(values) == {
         *("format", "target", "contract", "semantics", "files", "versions", "details"),
     }
-    assert values["files"]["step.bin"].keys() == {"sha256", "bytes", "program"}
+    assert values["files"]["step.bin"].keys() == {"sha256", "bytes", "programs"}
     assert str(tmp_path) not in (artifact.path / "manifest.json").read_text()
 
 
@@ -257,11 +257,14 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
     state["weight"] = state["weight"].astype(np.float64)
     with pytest.raises(ArtifactError, match=r"bias: missing; weight: float64\[1, 3\], expected"):
         write_artifact(make_lowered(state=state), tmp_path / "toy")
-    same = dict.fromkeys(plain.files, LoweredFile("Step.bin", b""))
+    case = {**plain.files, "step": LoweredFile("Evaluate.bin", b"")}
     taken = {**plain.files, "step": LoweredFile("state.safetensors", b"")}
-    for files in (same, taken):
-        with pytest.raises(ArtifactError, match="needs a file name of its own"):
+    for files in (case, taken):
+        with pytest.raises(ArtifactError, match="need names that differ in more than case"):
             write_artifact(make_lowered(files=files), tmp_path / "toy")
+    files = {name: LoweredFile("all.bin", bytes([i] * 9)) for i, name in enumerate(plain.files)}
+    with pytest.raises(ArtifactError, match="Two programs want the file all.bin"):
+        write_artifact(make_lowered(files=files), tmp_path / "toy")
     files = {**plain.files, "step": LoweredFile("../step.bin", b"")}
     with pytest.raises(ArtifactError, match="'../step.bin' cannot be a file"):
         write_artifact(make_lowered(files=files), tmp_path / "toy")
@@ -270,6 +273,15 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
     with pytest.raises(ArtifactError, match="hold the programs step, the contract has"):
         write_artifact(make_lowered(files={"step": plain.files["step"]}), tmp_path / "toy")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_may_share_a_file(tmp_path: Path) -> None:
+    file = LoweredFile("all.bin", b"everything")
+    lowered = make_lowered(files=dict.fromkeys(make_lowered().files, file))
+    artifact = write_artifact(lowered, tmp_path / "toy")
+    assert {artifact.file(name) for name in artifact.files} == {tmp_path / "toy" / "all.bin"}
+    assert len(artifact.files) == 3
+    assert artifact.size == sum(item.stat().st_size for item in (tmp_path / "toy").iterdir())
 
 
 # -- damage ---------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from tests.artifact.toy import ADAMW, METRICS, MODEL, make_contract
 
 def manifest(**changes: Any) -> Manifest:
     contract = changes.get("contract", make_contract())
-    files = {f"{p.name}.bin": FileEntry("0" * 64, 9, p.name) for p in contract.programs}
+    files = {f"{p.name}.bin": FileEntry("0" * 64, 9, (p.name,)) for p in contract.programs}
     plain = Manifest(
         target="numpy",
         contract=contract,
         semantics=Semantics(running_stats="both"),
-        files={**files, STATE_FILE: FileEntry("1" * 64, 9, None)},
+        files={**files, STATE_FILE: FileEntry("1" * 64, 9, ())},
         versions={"sam_export": "0.1.0"},
         details={"b": [1, 2.5, None], "a": {"nested": True}},
     )
@@ -132,8 +132,8 @@ def test_an_unknown_field_is_refused() -> None:
 )
 def test_a_file_outside_of_the_folder_is_refused(name: str) -> None:
     plain = manifest()
-    files = {name: FileEntry("0" * 64, 9, "step")}
-    files |= {key: entry for key, entry in plain.files.items() if entry.program != "step"}
+    files = {name: FileEntry("0" * 64, 9, ("step",))}
+    files |= {key: entry for key, entry in plain.files.items() if entry.programs != ("step",)}
     with pytest.raises(ArtifactError, match="cannot be a file of an artifact"):
         replace(plain, files=files).to_json()
 
@@ -152,7 +152,7 @@ def test_the_files_are_the_programs_and_the_state(
 ) -> None:
     plain = manifest()
     files = {name: entry for name, entry in plain.files.items() if name != remove}
-    files |= {name: FileEntry("0" * 64, 9, program) for name, program in add.items()}
+    files |= {name: FileEntry("0" * 64, 9, (program,)) for name, program in add.items()}
     with pytest.raises(ArtifactError, match=message):
         replace(plain, files=files).check()
 
