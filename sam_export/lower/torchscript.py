@@ -1,0 +1,108 @@
+"""Target ``torchscript``: one scripted module that holds the training state and trains it."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sam_export._compat import torchscript
+from sam_export.artifact.contract import HYPER, StepContract
+from sam_export.artifact.folder import Lowered, LoweredFile
+from sam_export.errors import LoweringError
+from sam_export.lower.result import lowered
+from sam_export.lower.torchscript_methods import (
+    CONSTANTS,
+    STEP_COUNT,
+    method_names,
+    module_source,
+)
+from sam_export.tracing.captured_step import CapturedStep
+
+TARGET = "torchscript"
+FILE = "step.pt"
+
+
+def lower(captured: CapturedStep) -> Lowered:
+    """All programs of a step as the methods of one `torch.jit.ScriptModule`, in one file.
+
+    The module holds parameters and buffers under torch's names, slots and hyper-parameters under
+    those of the contract, and the number of steps. Its methods: ``forward(*batch) -> loss`` and
+    ``step(*batch) -> Dict[str, Tensor]`` take one SAM step in place; ``evaluate(*inputs)``,
+    ``evaluate_loss(*batch)``; ``set_hyper(name, value)``.
+
+    Raises:
+        LoweringError: A name of the model collides with one of the module's, or an operator has no
+            form in TorchScript.
+    """
+    contract = captured.contract
+    modules = {name: _graph_module(program) for name, program in captured.programs.items()}
+    graphs = {name: module.graph for name, module in modules.items()}
+    root = nn.Module()
+    for spec in contract.state:
+        _refuse_name(spec.name, spec.role, contract)
+        value = torch.from_numpy(captured.state[spec.name].copy())
+        _hold(root, spec.name, value, parameter=spec.role == "parameter")
+    for hyper in contract.hyper:
+        _hold(root, HYPER + hyper.name, torch.tensor(hyper.defaults, dtype=torch.float64))
+    for name, module in modules.items():
+        for constant, tensor in _constants(module).items():
+            _hold(root, f"{CONSTANTS}.{name}.{constant}", tensor)
+    setattr(root, STEP_COUNT, 0)
+    source = module_source(contract, captured.semantics, graphs)
+    try:
+        scripted = torchscript.scripted(root, source)
+    except (RuntimeError, UnicodeError) as error:
+        raise LoweringError(f"TorchScript does not compile the step: {error}") from error
+    files = dict.fromkeys(captured.programs, LoweredFile(FILE, torchscript.script_bytes(scripted)))
+    details = {"random_ops": sorted(set(captured.random_ops)), "portable": captured.portable}
+    return lowered(captured, TARGET, files, details)
+
+
+def _graph_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _constants(module: fx.GraphModule) -> Mapping[str, Tensor]:
+    return {
+        str(node.target): attrgetter(str(node.target))(module).detach()
+        for node in module.graph.find_nodes(op="get_attr")
+    }
+
+
+def _refuse_name(name: str, role: str, contract: StepContract) -> None:
+    taken = {*method_names(contract), "slot", "hyper", CONSTANTS, STEP_COUNT}
+    first = name.partition(".")[0]
+    for part in name.split("."):
+        odd = not part.isascii() or not part.isprintable() or set(part) & set('"\\')
+        if odd or keyword.iskeyword(part):
+            why = "holds a character that it does not read" if odd else "is a keyword"
+            raise LoweringError(
+                f"The model's {name!r} has a name that TorchScript writes but cannot read back: "
+                f"{part!r} {why}. Rename that module or parameter."
+            )
+    if role in ("parameter", "buffer") and first in taken:
+        raise LoweringError(
+            f"The model's {name!r} would hide {first!r} of the scripted module, which keeps "
+            "torch's names. Rename it, or put the model into a module of its own."
+        )
+
+
+def _hold(root: nn.Module, path: str, value: Tensor, parameter: bool = False) -> None:
+    """Puts a tensor at a dotted path, making the modules on the way."""
+    *parents, leaf = path.split(".")
+    module: Any = root
+    for part in parents:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]
+    if parameter:
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        module.register_buffer(leaf, value)

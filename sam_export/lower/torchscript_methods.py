@@ -1,0 +1,284 @@
+"""The methods of the scripted module, as TorchScript source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from sam_export.artifact.contract import HYPER, ProgramSpec, StepContract, TensorSpec
+from sam_export.artifact.semantics import Semantics
+from sam_export.lower.torchscript_in_place import Plan, plan_in_place
+from sam_export.lower.torchscript_source import (
+    GraphWriter,
+    Names,
+    attribute,
+    indented,
+    needed_only_by,
+)
+from sam_export.tracing.randomness import random_nodes
+
+CONSTANTS = "constants"
+"""Submodule that holds tensors which the graph itself carries."""
+
+STEP_COUNT = "step_count"
+"""Attribute that counts the steps, those that changed nothing included."""
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
+
+
+def method_names(contract: StepContract) -> list[str]:
+    """Every method that `module_source` defines."""
+    programs = [program.name for program in contract.programs]
+    plain = [f"{name}_unchecked" for name in programs]
+    return ["forward", "set_hyper", "name_of_dtype", *programs, *plain]
+
+
+def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str, fx.Graph]) -> str:
+    """The source of all methods.
+
+    For each program ``P`` there are ``P_unchecked(*batch) -> List[Tensor]``, which runs the graph
+    and changes the state, and ``P(*batch)``, which first checks the batch.
+
+    Args:
+        contract: Names, dtypes and shapes.
+        semantics: What one step means.
+        graphs: Program name to its functional graph.
+    """
+    parts = [_name_of_dtype(), _set_hyper(contract), _forward(contract)]
+    for spec in contract.programs:
+        parts.append(_unchecked(contract, semantics, spec, graphs[spec.name]))
+        parts.append(_checked(contract, semantics, spec))
+    return "\n".join("\n".join(part) + "\n" for part in parts)
+
+
+def batch_of(contract: StepContract, spec: ProgramSpec) -> list[TensorSpec]:
+    """The batch tensors that a program reads, in order."""
+    return [item for item in contract.inputs_of(spec) if item.role in ("input", "target")]
+
+
+def reported(spec: ProgramSpec) -> list[TensorSpec]:
+    """The outputs of a program that are not new state."""
+    return [output for output in spec.outputs if output.name not in spec.feeds]
+
+
+def _arguments(contract: StepContract, spec: ProgramSpec) -> tuple[Names, dict[str, str]]:
+    names = Names()
+    return names, {item.name: names.make(item.name) for item in batch_of(contract, spec)}
+
+
+def _signature(name: str, arguments: Sequence[str], returns: str) -> str:
+    listed = "".join(f", {argument}: Tensor" for argument in arguments)
+    return f"def {name}(self{listed}) -> {returns}:"
+
+
+def _forward(contract: StepContract) -> list[str]:
+    _, arguments = _arguments(contract, contract.program("step"))
+    call = f'self.step({", ".join(arguments.values())})["loss"]'
+    return [_signature("forward", list(arguments.values()), "Tensor"), f"    return {call}"]
+
+
+def _unchecked(
+    contract: StepContract,
+    semantics: Semantics,
+    spec: ProgramSpec,
+    graph: fx.Graph,
+) -> list[str]:
+    names, arguments = _arguments(contract, spec)
+    held = [item for item in contract.inputs_of(spec) if item.name not in arguments]
+    local = {item.name: names.make(item.name) for item in held}
+    read = [f"{local[item.name]} = {attribute(item.name)}" for item in held]
+    inputs = [{**arguments, **local}[name] for name in spec.inputs]
+    placeholders = dict(zip(spec.inputs, graph.find_nodes(op="placeholder"), strict=True))
+    (output_node,) = graph.find_nodes(op="output")
+    leaving: list[fx.Node] = list(output_node.args[0])
+    results = dict(zip((output.name for output in spec.outputs), leaving, strict=True))
+    shown = [results[output.name] for output in reported(spec)]
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    guarded = semantics.on_nonfinite != "ignore" and bool(spec.feeds)
+    # Draws keep their place and number, whatever they are for: the generator counts them.
+    later = needed_only_by(graph, shown + random_nodes(graph)) if guarded else set()
+    first = [node for node in nodes if node not in later]
+    last = [node for node in nodes if node in later]
+    plan = plan_in_place(
+        order=first + last,
+        results=set(leaving),
+        inputs=placeholders.values(),
+        replaced={placeholders[name] for name in spec.feeds.values()},
+        changing=later if guarded else set(nodes),
+    )
+    constant = f"{CONSTANTS}.{spec.name}."
+    writer = GraphWriter(
+        graph, inputs, names, lambda name: attribute(constant + name), plan.overwrites
+    )
+    # No tensor of the module asks for a gradient; so without those of the batch, autograd is off.
+    detached = [f"{name} = {name}.detach().contiguous()" for name in arguments.values()]
+    body = [
+        *detached,
+        *read,
+        f"device = {attribute(contract.state[0].name)}.device",
+        *writer.lines(first),
+    ]
+    # A result that later writes would change, because it may be the state itself, is copied first.
+    values = []
+    for node in shown:
+        values.append(writer.expression(node))
+        if plan.memory[node].op != "call_function":
+            values[-1] = names.make(f"kept_{node.name}")
+            body.append(f"{values[-1]} = {writer.expression(node)}.clone()")
+    update = writer.lines(last) + _writes(spec, results, placeholders, plan, writer, names)
+    if spec.feeds and semantics.on_nonfinite == "raise":
+        update.append(f"self.{STEP_COUNT} += 1")  # a step that is refused is none
+    if guarded:
+        body += [f"if bool({writer.expression(results['finite'])}):", *indented(update)]
+    else:
+        body += update
+    if spec.feeds and semantics.on_nonfinite != "raise":
+        body.append(f"self.{STEP_COUNT} += 1")
+    return [
+        _signature(f"{spec.name}_unchecked", list(arguments.values()), "List[Tensor]"),
+        *indented(body),
+        f"    return [{', '.join(values)}]",
+    ]
+
+
+def _writes(
+    spec: ProgramSpec,
+    results: dict[str, fx.Node],
+    placeholders: dict[str, fx.Node],
+    plan: Plan,
+    writer: GraphWriter,
+    names: Names,
+) -> list[str]:
+    """New state over old; what shares memory with other state is copied before the first write."""
+    copies, writes = [], []
+    for output, target in spec.feeds.items():
+        node = results[output]
+        if plan.whole.get(node) is placeholders[target]:
+            continue  # it was made there
+        value = writer.expression(node)
+        if plan.memory[node].op != "call_function":
+            kept = names.make(f"kept_{node.name}")
+            copies.append(f"{kept} = {value}.clone()")
+            value = kept
+        writes.append(f"{attribute(target)}.copy_({value})")
+    return copies + writes
+
+
+def _checked(contract: StepContract, semantics: Semantics, spec: ProgramSpec) -> list[str]:
+    _, arguments = _arguments(contract, spec)
+    body = _batch_checks(contract, spec, arguments)
+    call = f"self.{spec.name}_unchecked({', '.join(arguments.values())})"
+    outputs = reported(spec)
+    if spec.name == "step":
+        returns = "Dict[str, Tensor]"
+        body.append(f"results = {call}")
+        if semantics.on_nonfinite == "raise":
+            body += _refuse_nonfinite(outputs)
+        body.append(_dict([output.name for output in outputs]))
+    elif len(outputs) == 1 and (contract.output_tree == "tensor" or spec.name != "evaluate"):
+        returns = "Tensor"
+        body.append(f"return {call}[0]")
+    else:
+        returns = "Dict[str, Tensor]"
+        body.append(f"results = {call}")
+        body.append(_dict([output.name.removeprefix("output.") for output in outputs]))
+    return [_signature(spec.name, list(arguments.values()), returns), *indented(body)]
+
+
+def _dict(keys: Sequence[str]) -> str:
+    items = ", ".join(f"{json.dumps(key)}: results[{index}]" for index, key in enumerate(keys))
+    return f"return {{{items}}}"
+
+
+def _refuse_nonfinite(outputs: Sequence[TensorSpec]) -> list[str]:
+    place = {output.name: index for index, output in enumerate(outputs)}
+    shown = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm")
+    values = ", ".join(f"float(results[{place[name]}])" for name in shown)
+    text = (
+        "the step is not finite (loss {}, perturbed loss {}, gradient norm {}, perturbation norm "
+        "{}); nothing was changed. Look at the batch, or lower lr or rho."
+    )
+    return [
+        f"if not bool(results[{place['finite']}]):",
+        f"    raise ValueError({json.dumps(text)}.format({values}))",
+    ]
+
+
+def _batch_checks(
+    contract: StepContract, spec: ProgramSpec, arguments: dict[str, str]
+) -> list[str]:
+    lines: list[str] = []
+    where: dict[str, str] = {}
+    for item in batch_of(contract, spec):
+        value, rank = arguments[item.name], len(item.shape)
+        wrong = [f"{value}.dim() != {rank}", f"{value}.dtype != torch.{item.dtype}"]
+        wrong += [f"{value}.size({d}) != {n}" for d, n in enumerate(item.shape) if _number(n)]
+        text = f"batch tensor {item.name!r} is {{}}{{}}; expected {item.description}"
+        found = f"self.name_of_dtype({value}), {value}.size()"
+        lines += [
+            f"if {' or '.join(wrong)}:",
+            f"    raise ValueError({json.dumps(text)}.format({found}))",
+        ]
+        for d, size in enumerate(item.shape):
+            if not isinstance(size, str):
+                continue
+            if size not in where:
+                where[size] = f"{value}.size({d})"
+                least = contract.dims[size]
+                least = least if spec.name == "step" else min(least, 1)
+                text = f"{size} is {{}} in batch tensor {item.name!r}; it must be at least {least}"
+                wrong_size = f"{where[size]} < {least}"
+                shown = where[size]
+            else:
+                text = f"{size} is {{}} in batch tensor {item.name!r}, but {{}} in another"
+                wrong_size = f"{value}.size({d}) != {where[size]}"
+                shown = f"{value}.size({d}), {where[size]}"
+            lines += [
+                f"if {wrong_size}:",
+                f"    raise ValueError({json.dumps(text)}.format({shown}))",
+            ]
+    return lines
+
+
+def _number(size: Any) -> bool:
+    return not isinstance(size, str)
+
+
+def _name_of_dtype() -> list[str]:
+    lines = ["def name_of_dtype(self, tensor: Tensor) -> str:"]
+    for name in (*_DTYPES, "bool"):
+        lines += [f"    if tensor.dtype == torch.{name}:", f'        return "{name}"']
+    return [*lines, '    return "another dtype"']
+
+
+def _set_hyper(contract: StepContract) -> list[str]:
+    names = [spec.name for spec in contract.hyper]
+    listed = ", ".join(names)
+    count = len(contract.groups)
+    lines = [
+        "def set_hyper(self, name: str, value: Union[int, float, List[float]]) -> None:",
+        "    values: List[float] = []",
+        "    if isinstance(value, int):",
+        f"        values = [float(value)] * {count}",
+        "    elif isinstance(value, float):",
+        f"        values = [value] * {count}",
+        "    else:",
+        "        values = value",
+        f"    if len(values) != {count}:",
+        f'        raise ValueError("{{}} takes one number or {count}, one per parameter group; '
+        'got {}".format(name, len(values)))',
+        "    for number in values:",
+        "        if not math.isfinite(number) or (number < 0 and name in ['lr', 'rho']):",
+        '            raise ValueError("{} cannot be {}".format(name, number))',
+        "    new = torch.tensor(values, dtype=torch.float64)",
+    ]
+    for index, name in enumerate(names):
+        lines += [
+            f"    {'if' if index == 0 else 'elif'} name == {json.dumps(name)}:",
+            f"        {attribute(HYPER + name)}.copy_(new)",
+        ]
+    text = f"there is no hyper-parameter {{}}; there are {listed}"
+    return [*lines, "    else:", f"        raise ValueError({json.dumps(text)}.format(name))"]
