@@ -22,14 +22,17 @@ def export(
     path: str | os.PathLike[str],
     target: str = "onnx",
     overwrite: bool = False,
+    device: str = "cpu",
 ) -> Artifact:
     """Lowers a captured step to ``target`` and writes it as a folder.
 
     Args:
         captured: What `capture` returned.
         path: The folder to make. It appears only when it is complete.
-        target: ``onnx`` or ``torch-compile``.
+        target: ``onnx``, ``torchscript``, ``aot-inductor`` or ``torch-compile``.
         overwrite: Whether an artifact that is there already may be replaced.
+        device: What ``aot-inductor`` compiles for, ``cpu`` or ``cuda``. Artifacts of the other
+            targets run on either.
 
     Raises:
         LoweringError: The target cannot express the step; nothing is written.
@@ -37,7 +40,7 @@ def export(
     """
     from sam_export.lower.registry import lower
 
-    return write_artifact(lower(captured, target), path, overwrite=overwrite)
+    return write_artifact(lower(captured, target, device), path, overwrite=overwrite)
 
 
 def load(
@@ -73,10 +76,18 @@ def load(
         )
     folder = tempfile.mkdtemp(prefix="sam_export-")
     try:
-        artifact = export(source, os.path.join(folder, "step"), target)
+        built_for = device_to_build_for(target, device)
+        artifact = export(source, os.path.join(folder, "step"), target, device=built_for)
         session = open_session(artifact, device, threads)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     weakref.finalize(session, shutil.rmtree, folder, ignore_errors=True)
     return session
+
+
+def device_to_build_for(target: str, device: str) -> str:
+    """What `export` is to be told for an artifact that will run on ``device``."""
+    from sam_export.lower.registry import BOUND_TO_A_DEVICE
+
+    return device.partition(":")[0] if target in BOUND_TO_A_DEVICE else "cpu"

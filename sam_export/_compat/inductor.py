@@ -6,6 +6,7 @@ import importlib
 import io
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,44 @@ def exported_bytes(program: torch.export.ExportedProgram) -> bytes:
 
 def load_exported(path: Path, device: torch.device) -> Callable[..., Sequence[Tensor]]:
     """The graph of a saved `torch.export` program, without its input guards, on ``device``."""
+    return on_device(_loaded(path), device)
+
+
+def operators_of_exported(path: Path) -> Counter[str]:
+    """How often each operator occurs in a saved `torch.export` program."""
+    targets = (node.target for node in _loaded(path).graph.nodes if node.op == "call_function")
+    return Counter(
+        str(target).removeprefix("aten.")
+        for target in targets
+        if isinstance(target, torch._ops.OpOverload)
+    )
+
+
+def _loaded(path: Path) -> torch.export.ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
-        program = torch.export.load(path)
+        return torch.export.load(path)
+
+
+def on_device(
+    program: torch.export.ExportedProgram, device: torch.device
+) -> Callable[..., Sequence[Tensor]]:
+    """The graph of an exported program, without its input guards, on ``device``."""
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
     module: Any = program.module(check_guards=False)
     return module  # type: ignore[no-any-return]
+
+
+def exported(
+    module: torch.nn.Module, arguments: tuple[Tensor, ...], shapes: Sequence[dict[int, Any]]
+) -> torch.export.ExportedProgram:
+    """``module``, which takes its tensors as ``*arguments``, as a program that may mutate them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
+        return torch.export.export(module, arguments, dynamic_shapes=(tuple(shapes),), strict=False)
 
 
 def compiled(function: Callable[..., Any], varying: str, eager_random: bool) -> Callable[..., Any]:

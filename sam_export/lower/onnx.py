@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from sam_export._version import __version__
 from sam_export.artifact.contract import ProgramSpec
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
 from sam_export.lower.onnx_guard import guard_update
 from sam_export.lower.onnx_in_place import in_place
+from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 
 TARGET = "onnx"
@@ -59,15 +58,7 @@ def lower(captured: CapturedStep) -> Lowered:
         data = proto.SerializeToString(deterministic=True)
         files[spec.name] = LoweredFile(f"{spec.name}.onnx", data)
     packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
-    return Lowered(
-        target=TARGET,
-        contract=captured.contract,
-        semantics=captured.semantics,
-        files=files,
-        state=captured.state,
-        versions={"sam_export": __version__, **{name: version(name) for name in packages}},
-        details=details,
-    )
+    return lowered(captured, TARGET, files, details, packages)
 
 
 def _refuse_derived_sizes(captured: CapturedStep, spec: ProgramSpec) -> None:

@@ -45,7 +45,7 @@ def onnx_model(
         raise _explained(error, program, spec) from error
     model.ir_version = IR_VERSION
     _simplify(model)
-    _own_outputs(model.graph, outputs)
+    _own_outputs(model.graph, spec.inputs, outputs)
     _name(model)
     _declare(model.graph.inputs, contract.inputs_of(spec))
     _declare(model.graph.outputs, spec.outputs)
@@ -63,8 +63,14 @@ def _simplify(model: ir.Model) -> None:
     passes.DeduplicateInitializersPass()(model)
 
 
-def _own_outputs(graph: ir.Graph, names: list[str]) -> None:
-    """An output that is an input or a constant gets a node of its own, and so its own name."""
+def _own_outputs(graph: ir.Graph, inputs: tuple[str, ...], names: list[str]) -> None:
+    """An output that is an input or a constant gets a node of its own, and so its own name.
+
+    The exporter gives such an input the output's name.
+    """
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        if any(value is output for output in graph.outputs):
+            value.name = name
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         if value.producer() is None:
             copy = ir.node("Identity", [value])

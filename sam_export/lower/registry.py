@@ -10,13 +10,24 @@ from sam_export.tracing.captured_step import CapturedStep
 
 LOWERINGS = {
     "onnx": "sam_export.lower.onnx",
+    "aot-inductor": "sam_export.lower.aot_inductor",
+    "torchscript": "sam_export.lower.torchscript",
     "torch-compile": "sam_export.lower.torch_compile",
 }
 """Target to the module whose ``lower(captured)`` makes it."""
 
 
-def lower(captured: CapturedStep, target: str) -> Lowered:
+BOUND_TO_A_DEVICE = ("aot-inductor",)
+"""Targets whose files run on one kind of device only; their ``lower`` takes it."""
+
+
+def lower(captured: CapturedStep, target: str, device: str = "cpu") -> Lowered:
     """``captured`` in the form of ``target``.
+
+    Args:
+        captured: The step.
+        target: A key of `LOWERINGS`.
+        device: What to compile for, where the target is bound to a device.
 
     Raises:
         LoweringError: There is no such target, its package is missing, or it cannot hold this step.
@@ -32,6 +43,14 @@ def lower(captured: CapturedStep, target: str) -> Lowered:
             f"Target {target!r} needs the package {error.name!r}, which is not installed. "
             "Install sam_export[export]."
         ) from error
-    lowered = module.lower(captured)
+    if target in BOUND_TO_A_DEVICE:
+        lowered = module.lower(captured, device)
+    elif device == "cpu":
+        lowered = module.lower(captured)
+    else:
+        raise LoweringError(
+            f"An artifact of target {target!r} is not made for a device: export it without one, "
+            f"and give device={device!r} to load."
+        )
     assert isinstance(lowered, Lowered)
     return lowered

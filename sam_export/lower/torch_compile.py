@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from sam_export._compat import inductor
-from sam_export._version import __version__
 from sam_export.artifact.folder import Lowered, LoweredFile
+from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 
 TARGET = "torch-compile"
@@ -18,15 +16,5 @@ def lower(captured: CapturedStep) -> Lowered:
         name: LoweredFile(f"{name}.pt2", inductor.exported_bytes(program))
         for name, program in captured.programs.items()
     }
-    return Lowered(
-        target=TARGET,
-        contract=captured.contract,
-        semantics=captured.semantics,
-        files=files,
-        state=captured.state,
-        versions={
-            "sam_export": __version__,
-            **{name: version(name) for name in ("torch", "numpy")},
-        },
-        details={"random_ops": sorted(set(captured.random_ops)), "portable": captured.portable},
-    )
+    details = {"random_ops": sorted(set(captured.random_ops)), "portable": captured.portable}
+    return lowered(captured, TARGET, files, details)

@@ -289,6 +289,8 @@ Needs = tuple[Callable[[], Missing | None], ...]
 
 TARGETS: dict[str, tuple[Needs, Needs]] = {
     "torch-compile": ((_TORCH,), (_TORCH, _cpp_compiler)),
+    "torchscript": ((_TORCH,), (_TORCH,)),
+    "aot-inductor": ((_TORCH, _cpp_compiler), (_TORCH,)),
     "onnx": ((_TORCH, *_EXPORTER), (_onnxruntime,)),
 }
 """Target to what exporting to it needs, and what training with it needs."""

@@ -11,6 +11,8 @@ from sam_export.runtime.session import Session
 
 ENGINES = {
     "onnx": ("sam_export.runtime.ort", "OrtEngine"),
+    "aot-inductor": ("sam_export.runtime.aot_inductor", "AotInductorEngine"),
+    "torchscript": ("sam_export.runtime.torchscript", "TorchScriptEngine"),
     "torch-compile": ("sam_export.runtime.torch_compile", "TorchCompileEngine"),
 }
 """Target to module and class of its engine; imported when first used."""

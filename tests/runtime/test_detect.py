@@ -165,5 +165,5 @@ def test_device_numbers() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(RuntimeUnavailableError, match="torch-compile, onnx"):
+    with pytest.raises(RuntimeUnavailableError, match="torchscript, aot-inductor, onnx"):
         detect.target_status("tensorflow")

@@ -1,0 +1,110 @@
+"""What the engines that run with torch share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sam_export.artifact.contract import HYPER, ProgramSpec
+from sam_export.artifact.folder import Artifact
+from sam_export.errors import RuntimeUnavailableError
+
+Program = Callable[[list[Tensor], list[Tensor], list[Tensor]], Sequence[Tensor]]
+"""State, hyper-parameters and batch to the outputs that are not state; writes the state."""
+
+
+class TorchEngine:
+    """Device, threads, and the way from NumPy to torch and back.
+
+    Args:
+        artifact: What to run.
+        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
+        threads: Threads of one operator, for the whole process; None leaves torch's setting.
+
+    Raises:
+        RuntimeUnavailableError: CUDA was asked for and is not there.
+    """
+
+    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeUnavailableError(
+                f"device={device!r} was asked for, but this torch ({torch.__version__}) finds no "
+                "CUDA device. Install a CUDA build of torch, or use device='cpu'."
+            )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._artifact = artifact
+
+    def to_numpy(self, value: Any) -> NDArray[Any]:
+        """A host copy of a tensor."""
+        return np.array(value.detach().cpu().numpy())
+
+    def _tensor(self, value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(self._device).contiguous()
+        array = np.ascontiguousarray(value).reshape(np.shape(value))
+        # torch shares the array's memory and wants to be allowed to write to it; it never does.
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._device)
+
+
+class FlatTorchEngine(TorchEngine):
+    """Holds the state as tensors, and runs programs over flat lists of them that write it in place.
+
+    A subclass says how a program is made; that happens at its first run.
+    """
+
+    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
+        super().__init__(artifact, device, threads)
+        self._state: dict[str, Tensor] = {}
+        self._programs: dict[str, Program] = {}
+        self._hyper: dict[str, Tensor] = {}
+
+    def bind(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Copies the whole state to the device and makes it the current one."""
+        for name, value in state.items():
+            # Scalars are held as vectors of one element: see `tracing.in_place.scalar_positions`.
+            tensor = torch.from_numpy(np.array(value, order="C")).reshape(value.shape or (1,))
+            if name in self._state:
+                self._state[name].copy_(tensor)
+            else:
+                self._state[name] = tensor.to(self._device)
+
+    def run(
+        self, program: str, batch: Sequence[Any], hyper: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Any]:
+        """Runs one program on the current state; see `runtime.engine.Engine`."""
+        spec = self._artifact.contract.program(program)
+        state = [self._state[name] for name in spec.inputs if name in self._state]
+        for name, values in hyper.items():
+            if HYPER + name not in self._hyper:
+                self._hyper[HYPER + name] = torch.zeros(len(values), dtype=torch.float64)
+            self._hyper[HYPER + name].copy_(torch.from_numpy(values))
+        hypers = [self._hyper[name].to(self._device) for name in spec.inputs if name in self._hyper]
+        tensors = [self._tensor(value) for value in batch]
+        self._before_run(spec, tensors)
+        if spec.name not in self._programs:
+            self._programs[spec.name] = self._program(spec)
+        with torch.no_grad():
+            results = self._programs[spec.name](state, hypers, tensors)
+        names = [output.name for output in spec.outputs if output.name not in spec.feeds]
+        return dict(zip(names, results, strict=True))
+
+    def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Copies of the named state tensors, on the host."""
+        shapes = {spec.name: spec.shape for spec in self._artifact.contract.state}
+        return {
+            name: np.array(self._state[name].cpu().numpy()).reshape(shapes[name])  # type: ignore[arg-type]
+            for name in names
+        }
+
+    def _program(self, spec: ProgramSpec) -> Program:
+        raise NotImplementedError
+
+    def _before_run(self, spec: ProgramSpec, batch: Sequence[Tensor]) -> None:
+        """Sees the batch of every run first."""
