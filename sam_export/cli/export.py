@@ -16,6 +16,7 @@ examples:
   sam-export export models/digits_cnn.py:recipe --target onnx --out build/digits
   sam-export export my_package.recipes:resnet --out build/resnet --set depth=18 --set lr=0.1
   sam-export export models/mlp.py:recipe --target torch-compile --out build/mlp --overwrite
+  sam-export export models/mlp.py:recipe --target aot-inductor --device cuda --out build/mlp
 """
 
 
@@ -37,6 +38,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         choices=["batch", "none"],
         default="batch",
         help="batch: the batch size may change from step to step (default); none: it is fixed",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="what aot-inductor compiles for (default: cpu); the other targets run on either",
     )
     parser.add_argument(
         "--return-outputs", action="store_true", help="each step also returns the model's outputs"
@@ -63,7 +70,11 @@ def run(args: argparse.Namespace) -> int:
         )
     with stage(f"lower to {args.target} and write"):
         artifact = sam_export.export(
-            captured, args.out, target=args.target, overwrite=args.overwrite
+            captured,
+            args.out,
+            target=args.target,
+            overwrite=args.overwrite,
+            device=args.device,
         )
     programs = ", ".join(program.name for program in artifact.contract.programs)
     print(f"{artifact.path}: {artifact.target}, programs {programs}, {format_bytes(artifact.size)}")

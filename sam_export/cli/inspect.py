@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam_export.cli.console import format_bytes, print_table
+from sam_export.cli.operators import operators_of
 
 if TYPE_CHECKING:
     from sam_export.artifact.contract import TensorSpec
@@ -21,7 +20,8 @@ examples:
   sam-export inspect build/digits
   sam-export inspect build/digits --json | python -m json.tool
 
-The op histogram of an ONNX artifact needs the package onnx; everything else needs NumPy only.
+The op histogram needs onnx for an ONNX artifact and torch for one of torch's, and an artifact of
+compiled code has none; everything else needs NumPy only.
 """
 
 _STATE_ROLES = ("parameter", "buffer", "slot", "counter", "rng")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from sam_export.artifact.folder import open_artifact
 
     artifact = open_artifact(args.artifact)
-    operators, reason = _operators(artifact)
+    operators, reason = operators_of(artifact)
     if args.json:
         print(json.dumps(_as_dict(artifact, operators), indent=2, ensure_ascii=False))
         return 0
@@ -57,36 +57,6 @@ def run(args: argparse.Namespace) -> int:
     _print_details(artifact)
     _print_tensors(artifact)
     return 0
-
-
-def count_operators(path: Path) -> Counter[str]:
-    """Nodes of an ONNX file by operator, those in subgraphs and local functions included.
-
-    Args:
-        path: The file. Operators outside the standard set are named ``domain::Op``.
-    """
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    counts: Counter[str] = Counter()
-    waiting = [list(model.graph.node), *(list(function.node) for function in model.functions)]
-    while waiting:
-        for node in waiting.pop():
-            domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
-            counts[domain + node.op_type] += 1
-            for attribute in node.attribute:
-                waiting += [list(graph.node) for graph in (attribute.g, *attribute.graphs)]
-    return counts
-
-
-def _operators(artifact: Artifact) -> tuple[dict[str, Counter[str]] | None, str]:
-    """Program to its operators, or None and why they are not known."""
-    if not all(name.endswith(".onnx") for name in artifact.files.values()):
-        return None, f"they are counted for ONNX files only, not for {artifact.target}"
-    if importlib.util.find_spec("onnx") is None:
-        return None, "counting them needs the package onnx: pip install onnx"
-    programs = [program.name for program in artifact.contract.programs]
-    return {program: count_operators(artifact.file(program)) for program in programs}, ""
 
 
 def _as_dict(artifact: Artifact, operators: dict[str, Counter[str]] | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, worst_per_step
 from sam_export.step.train_step import TrainStep
 
-DEFAULT_TARGETS = ("torch-compile", "onnx")
+DEFAULT_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
 
 _PACKAGES = (
     "sam_export",
@@ -173,7 +173,7 @@ def _built(
     """Exports the step to every target and loads it from there; failures become reports."""
     if not targets:
         return [], {}
-    from sam_export.api import export, load
+    from sam_export.api import device_to_build_for, export, load
     from sam_export.tracing.capture import capture
 
     tell("capture", 0, 1)
@@ -184,7 +184,8 @@ def _built(
         tell(f"build {target}", index, len(targets))
         begun = time.perf_counter()
         try:
-            export(captured, folder / target, target=target)
+            built_for = device_to_build_for(target, device)
+            export(captured, folder / target, target=target, device=built_for)
             session = load(folder / target, device=device)
         except Exception as error:
             text = f"build: {type(error).__name__}: {error}"

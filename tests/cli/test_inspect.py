@@ -10,7 +10,7 @@ import pytest
 
 from sam_export.artifact.contract import StepContract
 from sam_export.artifact.folder import open_artifact
-from sam_export.cli import inspect, main
+from sam_export.cli import main, operators
 from tests.cli.conftest import Workplace
 
 onnx = pytest.importorskip("onnx")
@@ -79,14 +79,14 @@ def test_operators_in_subgraphs_and_functions_are_counted(tmp_path: Path) -> Non
     )
     model = helper.make_model(graph, functions=[twice])
     onnx.save(model, tmp_path / "model.onnx")
-    counts = inspect.count_operators(tmp_path / "model.onnx")
+    counts = operators.count_onnx(tmp_path / "model.onnx")
     assert counts == {"If": 3, "Relu": 2, "Neg": 2, "ours::Twice": 1, "Add": 1}
 
 
 def test_without_onnx(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inspect.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(operators.importlib.util, "find_spec", lambda _: None)
     assert main(["inspect", str(workplace.artifact)]) == 0
     assert "Operators: counting them needs the package onnx: pip install onnx" in (
         capsys.readouterr().out
@@ -110,3 +110,22 @@ def test_damaged_artifact(
 def test_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("torchscript", {"addmm": 4, "linalg_vector_norm": 10, "add_": 12}),
+        ("torch-compile", {"addmm.default": 4, "linalg_vector_norm.default": 10}),
+    ],
+)
+def test_operators_of_torchs_own_files(
+    target: str, expected: dict[str, int], workplace: Workplace, tmp_path: Path
+) -> None:
+    out = tmp_path / target
+    argv = ["export", f"{workplace.recipe}:recipe", "--out", str(out), "--target", target]
+    assert main(argv) == 0
+    counted, reason = operators.operators_of(open_artifact(out))
+    assert counted is not None, reason
+    assert {name: counted["step"][name] for name in expected} == expected
+    assert counted["evaluate"].total() < counted["step"].total()

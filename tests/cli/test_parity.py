@@ -71,7 +71,10 @@ def test_wrong_targets(
     targets: str, workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["parity", f"{workplace.recipe}:recipe", "--targets", targets]) == 2
-    assert "expected names out of torch-compile, onnx" in capsys.readouterr().err
+    assert (
+        "expected names out of torch-compile, torchscript, aot-inductor, onnx"
+        in capsys.readouterr().err
+    )
 
 
 def test_wrong_number_of_steps(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,14 @@ FILES = sorted(
     for folder in ("sam_export", "models", "scripts", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
-SHELL = ("scripts/setup", "scripts/test", "scripts/demo", "scripts/bench", ".ci/run")
+SHELL = (
+    "scripts/setup",
+    "scripts/test",
+    "scripts/demo",
+    "scripts/bench",
+    "scripts/test-wide",
+    ".ci/run",
+)
 
 
 def test_files_were_found() -> None:

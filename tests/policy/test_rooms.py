@@ -28,7 +28,12 @@ RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 NEEDS_NO_TORCH = ("errors", "_version", "artifact", "runtime", "api", "cli", "__init__", "__main__")
 """Rooms that are imported on the training machine, where there is neither torch nor onnx."""
 
-EXEMPT = ("runtime/torch_compile.py",)
+EXEMPT = (
+    "runtime/aot_inductor.py",
+    "runtime/torch_compile.py",
+    "runtime/torch_engine.py",
+    "runtime/torchscript.py",
+)
 """Files of these rooms that run with torch, and are imported only when they are needed."""
 
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir")
