@@ -2,7 +2,8 @@
 
 Exports the digits CNN's SAM step, trains it in eager PyTorch and in ONNX Runtime on the same
 batches, checks every target against the eager oracle, and leaves in the output folder: the
-artifact, the data and final state for a training run without torch, the parity report, a picture.
+artifact, the data and final state for a training run without torch, the parity report, a picture;
+and the same step as TorchScript, with the data for the C++ programs of `examples/cpp`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LR = 0.03
 """Calm enough that rounding does not grow: at 0.1 two eager runs drift apart within 20 steps."""
 
 SCHEDULE = "cosine"
-PARITY_TARGETS = ("torch-compile", "onnx")
+DATA_NAMES = ("train_x", "train_y", "test_x", "test_y")
+PARITY_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
 PARITY_STEPS = 20
 REQUIRED_ACCURACY = 0.97
 
@@ -112,6 +114,7 @@ def write_data(out: Path, digits: Digits, session: sx.Session) -> tuple[Path, Pa
     }
     for path, arrays in sets.items():
         np.savez(path, **arrays)
+    write_state(out / "digits.safetensors", {name: getattr(digits, name) for name in DATA_NAMES})
     return train, test
 
 
@@ -194,6 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     train_step, batches = digits_cnn.recipe(SEED, BATCH_SIZE, lr=LR)
     captured = sx.capture(train_step, batches[0])
     sx.export(captured, out / "onnx", target="onnx", overwrite=True)
+    sx.export(captured, out / "torchscript", target="torchscript", overwrite=True)
     session = sx.load(out / "onnx", threads=THREADS)
     digits = load_digits(SEED)
     train, test = write_data(out, digits, session)
@@ -215,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"picture:  {picture}\nartifact: {out / 'onnx'}\nreport:   {out / 'parity.json'}\n")
     print("The same training without torch (NumPy, safetensors and ONNX Runtime are enough):\n")
     print(f"  {train_command(out / 'onnx', train, test, options.epochs)}\n")
-    print(f"ends with the state in {out / 'final_state.safetensors'}.")
+    print(f"ends with the state in {out / 'final_state.safetensors'}.\n")
+    print(f"In C++, from {out / 'torchscript'}: see examples/cpp/README.md.")
 
     weak = [item.name for item in trainees if item.accuracy <= REQUIRED_ACCURACY]
     for name in weak:

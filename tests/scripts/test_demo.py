@@ -96,6 +96,7 @@ def test_exit_code_tells_whether_accuracy_and_parity_hold(
             trainee.losses, trainee.step_ms, trainee.accuracy = [1.0, 0.5], [1.0, 1.0], accuracy
 
     specs = (SimpleNamespace(name="x"), SimpleNamespace(name="y"))
+    data = {"digits_train.npz", "digits_test.npz", "digits.safetensors"}
     session = SimpleNamespace(
         contract=SimpleNamespace(batch=specs), state={"w": np.zeros(1, np.float32)}
     )
@@ -107,4 +108,4 @@ def test_exit_code_tells_whether_accuracy_and_parity_hold(
     monkeypatch.setattr(demo, "check", lambda _: fake_report(parity))
     assert demo.main(["--out", str(tmp_path / "out"), "--epochs", "1"]) == code
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == {"digits_train.npz", "digits_test.npz", "final_state.safetensors", "demo.png"}
+    assert made == {*data, "final_state.safetensors", "demo.png"}
