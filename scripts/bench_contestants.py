@@ -60,6 +60,13 @@ def _prepare_torch_session(threads: int) -> None:
     import sam_export  # noqa: F401
 
 
+def _prepare_scripted_session(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    import sam_export  # noqa: F401
+
+
 def _prepare_onnx_session(threads: int) -> None:
     del threads  # given to the session when it is loaded
     # onnxruntime-training imports torch where it finds it; where this target trains, it would not.
@@ -191,6 +198,22 @@ CONTESTANTS = {
             _session,
             True,
             target="torch-compile",
+        ),
+        Contestant(
+            "torchscript",
+            "sam_export session, torchscript target",
+            _prepare_scripted_session,
+            _session,
+            True,
+            target="torchscript",
+        ),
+        Contestant(
+            "aot-inductor",
+            "sam_export session, aot-inductor target",
+            _prepare_scripted_session,
+            _session,
+            True,
+            target="aot-inductor",
         ),
         Contestant(
             "onnx",
