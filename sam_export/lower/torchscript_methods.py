@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
@@ -24,7 +23,7 @@ CONSTANTS = "constants"
 """Submodule that holds tensors which the graph itself carries."""
 
 STEP_COUNT = "step_count"
-"""Attribute that counts the steps, those that changed nothing included."""
+"""Attribute that counts the steps, skipped ones included; one that raised is none."""
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 
@@ -215,7 +214,9 @@ def _batch_checks(
     for item in batch_of(contract, spec):
         value, rank = arguments[item.name], len(item.shape)
         wrong = [f"{value}.dim() != {rank}", f"{value}.dtype != torch.{item.dtype}"]
-        wrong += [f"{value}.size({d}) != {n}" for d, n in enumerate(item.shape) if _number(n)]
+        wrong += [
+            f"{value}.size({d}) != {n}" for d, n in enumerate(item.shape) if not isinstance(n, str)
+        ]
         text = f"batch tensor {item.name!r} is {{}}{{}}; expected {item.description}"
         found = f"self.name_of_dtype({value}), {value}.size()"
         lines += [
@@ -241,10 +242,6 @@ def _batch_checks(
                 f"    raise ValueError({json.dumps(text)}.format({shown}))",
             ]
     return lines
-
-
-def _number(size: Any) -> bool:
-    return not isinstance(size, str)
 
 
 def _name_of_dtype() -> list[str]:

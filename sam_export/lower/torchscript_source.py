@@ -64,14 +64,6 @@ _PROMISES = {
     "aten._assert_tensor_metadata.default",
     "aten.sym_constrain_range.default",
 }
-_LIST_TYPES = {
-    "Tensor": "Tensor",
-    "Optional[Tensor]": "Optional[Tensor]",
-    "int": "int",
-    "SymInt": "int",
-    "float": "float",
-    "bool": "bool",
-}
 
 
 class Names:
@@ -149,7 +141,7 @@ class GraphWriter:
         text = f"[{', '.join(map(self.expression, values))}]"
         mixed = None in values or not values
         if match and mixed:
-            return f"torch.jit.annotate(List[{_LIST_TYPES.get(match[1], match[1])}], {text})"
+            return f"torch.jit.annotate(List[{match[1].replace('SymInt', 'int')}], {text})"
         return text
 
     def _lines_of(self, node: fx.Node) -> list[str]:
