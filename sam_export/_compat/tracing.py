@@ -144,7 +144,13 @@ def decomposed(
     ``torch._decomp`` is where they live; `torch.export.default_decompositions` offers them all or
     none by name.
     """
-    table = torch._decomp.get_decompositions(targets)
+    return decomposed_by(program, torch._decomp.get_decompositions(targets))
+
+
+def decomposed_by(
+    program: torch.export.ExportedProgram, table: dict[Any, Callable[..., Any]]
+) -> torch.export.ExportedProgram:
+    """``program`` with the decompositions of ``table`` applied."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
         result: torch.export.ExportedProgram = program.run_decompositions(table)

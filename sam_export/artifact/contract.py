@@ -3,9 +3,10 @@
 It needs no torch. The capture writes it, the artifact stores it, sessions obey it.
 
 Names. Parameters and buffers keep torch's names (``conv1.weight``); a slot is
-``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); hyper-parameters are
-``hyper.<name>``; the new value of a state tensor is ``next.<name>``; the model's outputs are
-``output``, or ``output.0``, ``output.logits`` where it returns several.
+``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); a step that draws random numbers
+has ``rng.seed`` and ``counter.step``; hyper-parameters are ``hyper.<name>``; the new value of a
+state tensor is ``next.<name>``; the model's outputs are ``output``, or ``output.0``,
+``output.logits`` where it returns several.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sam_export.artifact.semantics import Semantics
 from sam_export.errors import ArtifactError
 
 Role = Literal[
@@ -24,6 +26,13 @@ NEXT = "next."
 
 HYPER = "hyper."
 """Prefix of the graph inputs that are hyper-parameters."""
+
+SEED = "rng.seed"
+"""State of a step that draws random numbers: the seed, int64, as 64 bits; it never changes."""
+
+STEP = "counter.step"
+"""State of a step that draws random numbers: the number of the next step, int64. It advances by
+one with every step, skipped ones included; a step that raised is none."""
 
 METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite")
 """The scalar outputs of ``step``, in order; the fields of `StepResult`."""
@@ -95,7 +104,8 @@ class StepContract:
     """Names, order, roles, dtypes and shapes of everything that goes in and out of a step.
 
     Attributes:
-        state: Parameters, then buffers, then slots, in the order of the graph inputs.
+        state: Parameters, then buffers, then slots, then seed and step number, in the order of the
+            graph inputs.
         hyper: Hyper-parameters in the order of the graph inputs.
         batch: Inputs and targets in the order in which a batch holds them.
         batch_kind: Whether a batch is a tuple (by position) or a dict (by name).
@@ -174,6 +184,19 @@ class StepContract:
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error
+
+
+def discarded_if_not_finite(program: ProgramSpec, semantics: Semantics) -> frozenset[str]:
+    """The outputs of ``program`` whose new state is not kept when a step is not finite.
+
+    The step number is kept unless the step raises: the next step draws other random numbers.
+    """
+    if semantics.on_nonfinite == "ignore":
+        return frozenset()
+    counts_on = semantics.on_nonfinite == "skip"
+    return frozenset(
+        output for output, state in program.feeds.items() if state != STEP or not counts_on
+    )
 
 
 def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:

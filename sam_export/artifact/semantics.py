@@ -19,9 +19,14 @@ class Semantics:
         randomness: ``"same"``: both passes see the same random draw (dropout masks), so that the
             perturbation is a step on the function whose gradient follows; ``"fresh"``: each pass
             draws anew.
+        generator: Where random numbers come from. ``"philox"``: a counter-based generator keyed
+            by (seed, step, draw), whose numbers every target draws alike, bit for bit; seed and
+            step number are part of the state. ``"torch"``: torch's own generators, as in any eager
+            loop; only the torch targets have them, and they are not part of the state.
         on_nonfinite: What happens when a loss or a gradient norm of either pass is not finite.
-            ``"skip"``: no state changes and ``StepResult.finite`` is false; ``"raise"``: the same,
-            and an error is raised; ``"ignore"``: the update is applied regardless.
+            ``"skip"``: no state changes (but for the step number that random numbers are drawn
+            with) and ``StepResult.finite`` is false; ``"raise"``: nothing changes and an error is
+            raised; ``"ignore"``: the update is applied regardless.
         decay_in_ascent: Whether ``weight_decay * w`` is part of the gradient that is ascended
             (the authors' code has the decay inside the loss); the base update decays either way.
 
@@ -34,6 +39,7 @@ class Semantics:
 
     running_stats: Literal["ascent", "both"] = "ascent"
     randomness: Literal["same", "fresh"] = "same"
+    generator: Literal["philox", "torch"] = "philox"
     on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
     decay_in_ascent: bool = False
 
@@ -52,10 +58,12 @@ class Semantics:
     def eager_loop(cls) -> Semantics:
         """The semantics of the classic two-pass PyTorch loop, bit for bit.
 
-        Both passes update running statistics, each draws its own dropout masks, and nothing looks
-        at whether the values are finite.
+        Both passes update running statistics, each draws its own dropout masks from torch's
+        generator, and nothing looks at whether the values are finite.
         """
-        return cls(running_stats="both", randomness="fresh", on_nonfinite="ignore")
+        return cls(
+            running_stats="both", randomness="fresh", generator="torch", on_nonfinite="ignore"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, for the manifest."""

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sam_export._compat import aot_inductor, inductor
 from sam_export.artifact.checkpoint import fingerprint
-from sam_export.artifact.contract import ProgramSpec
+from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.artifact.machine import this_machine
 from sam_export.errors import LoweringError
+from sam_export.lower.random_words import in_aten, random_details
 from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.in_place import in_place, scalar_positions
@@ -48,7 +49,7 @@ def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
     details = {
         "machine": machine,
         "fingerprint": fingerprint(captured.contract),  # for checkpoints of other programs
-        "random_ops": sorted(set(captured.random_ops)),
+        **random_details(captured, words="graph"),
         "portable": captured.portable,
     }
     return lowered(captured, TARGET, files, details)
@@ -69,13 +70,13 @@ def _mutating(
 ) -> torch.export.ExportedProgram:
     """The program as one that writes its state inputs."""
     contract = captured.contract
-    graph = inductor.on_device(captured.programs[spec.name], device)
+    graph = inductor.on_device(in_aten(captured.programs[spec.name]), device)
     scalars = scalar_positions(contract, spec)
-    guarded = captured.semantics.on_nonfinite != "ignore"
+    discarded = discarded_if_not_finite(spec, captured.semantics)
     inputs = contract.inputs_of(spec)
     states = sum(item.role not in ("hyper", "input", "target") for item in inputs)
     hypers = sum(item.role == "hyper" for item in inputs)
-    run = in_place(graph, spec, guarded, scalars)
+    run = in_place(graph, spec, discarded, scalars)
 
     class Program(torch.nn.Module):
         def forward(self, *given: Tensor) -> list[Tensor]:

@@ -7,12 +7,14 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from sam_export.artifact.contract import ProgramSpec
+from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
 from sam_export.lower.onnx_guard import guard_update
 from sam_export.lower.onnx_in_place import in_place
+from sam_export.lower.onnx_random import word_inputs
+from sam_export.lower.random_words import random_details
 from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 
@@ -23,16 +25,17 @@ def lower(captured: CapturedStep) -> Lowered:
     """The programs of a step as ONNX models: standard operators, opset 18, IR version 10.
 
     All state is graph inputs; ``details["in_place"]`` says for every state tensor that changes
-    whether it may be overwritten in place (``""``) or why not.
+    whether it may be overwritten in place (``""``) or why not, and
+    ``details["random_numbers"]["inputs"]`` which inputs of random words the session fills.
 
     Raises:
-        LoweringError: The step draws random numbers, or an operator has no ONNX form.
+        LoweringError: The step draws from torch's generator, or an operator has no ONNX form.
     """
     if captured.random_ops:
         counted = ", ".join(sorted(set(captured.random_ops)))
         raise LoweringError(
-            f"The step draws random numbers ({counted}), which the target 'onnx' cannot do yet. "
-            "Train without dropout there, or use the target 'torch-compile'."
+            f"The step draws from torch's own generator ({counted}), which ONNX Runtime does not "
+            'have. Use Semantics(generator="philox"), or a torch target.'
         )
     if not captured.portable:
         raise LoweringError(
@@ -41,12 +44,16 @@ def lower(captured: CapturedStep) -> Lowered:
         )
     files: dict[str, LoweredFile] = {}
     details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION}
+    words: dict[str, Any] = {}
     for spec in captured.contract.programs:
         _refuse_derived_sizes(captured, spec)
-        model = onnx_model(captured.programs[spec.name], spec, captured.contract)
+        program = captured.programs[spec.name]
+        model = onnx_model(program, spec, captured.contract)
+        words[spec.name] = word_inputs(program, spec, captured.contract)
         if spec.name == "step":
-            if captured.semantics.on_nonfinite != "ignore":
-                guard_update(model, spec)
+            discarded = discarded_if_not_finite(spec, captured.semantics)
+            if discarded:
+                guard_update(model, spec, discarded)
             details["in_place"] = in_place(model, spec)
         proto = ir.to_proto(model)
         try:
@@ -57,6 +64,9 @@ def lower(captured: CapturedStep) -> Lowered:
             ) from error
         data = proto.SerializeToString(deterministic=True)
         files[spec.name] = LoweredFile(f"{spec.name}.onnx", data)
+    details |= random_details(captured, words="session")
+    if "random_numbers" in details:
+        details["random_numbers"]["inputs"] = words
     packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
     return lowered(captured, TARGET, files, details, packages)
 

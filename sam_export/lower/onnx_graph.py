@@ -15,6 +15,7 @@ from sam_export._compat import onnx_exporter, origins, tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError, SamExportError
 from sam_export.lower.onnx_ops import DECOMPOSED, FORMS
+from sam_export.lower.onnx_random import words_as_inputs, words_as_places
 
 OPSET = 18
 """Newer opsets lack CUDA kernels in onnxruntime-training 1.19.2 and fall back to the CPU."""
@@ -28,13 +29,14 @@ def onnx_model(
 ) -> ir.Model:
     """One program as an ONNX model in standard operators.
 
-    Inputs and outputs are named and typed as the contract says; nodes are named after the stage and
+    Inputs and outputs are named and typed as the contract says, inputs of random words follow
+    (see `onnx_random`); nodes are named after the stage and
     the module they come from (``ascent/conv1/Conv``).
 
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
-    program = tracing.decomposed(program, DECOMPOSED)
+    program = tracing.decomposed(words_as_places(program), DECOMPOSED)
     for node in program.graph.nodes:
         # The exporter writes the module stack into each ONNX node; it carries our origin there.
         node.meta["nn_module_stack"] = {"origin": (origins.origin_of(node), "sam_export")}
@@ -44,10 +46,12 @@ def onnx_model(
     except Exception as error:
         raise _explained(error, program, spec) from error
     model.ir_version = IR_VERSION
+    drawn = words_as_inputs(model)
     _simplify(model)
     _own_outputs(model.graph, spec.inputs, outputs)
     _name(model)
-    _declare(model.graph.inputs, contract.inputs_of(spec))
+    inputs = [value for value in model.graph.inputs if value not in drawn]
+    _declare(inputs, contract.inputs_of(spec))
     _declare(model.graph.outputs, spec.outputs)
     return model
 
@@ -68,7 +72,7 @@ def _own_outputs(graph: ir.Graph, inputs: tuple[str, ...], names: list[str]) -> 
 
     The exporter gives such an input the output's name.
     """
-    for value, name in zip(graph.inputs, inputs, strict=True):
+    for value, name in zip(graph.inputs, inputs, strict=False):  # then come random words
         if any(value is output for output in graph.outputs):
             value.name = name
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 
 from sam_export.artifact.contract import ProgramSpec
 
 
-def guard_update(model: ir.Model, spec: ProgramSpec, condition: str = "finite") -> None:
-    """Moves everything that only the new state needs into ``If(finite)``.
+def guard_update(
+    model: ir.Model, spec: ProgramSpec, discarded: Collection[str], condition: str = "finite"
+) -> None:
+    """Moves everything that only the discarded outputs need into ``If(finite)``.
 
     The other branch hands the old state on. An ``If`` costs nothing measurable, where a select
     over every state tensor costs as much as several updates.
@@ -18,13 +20,14 @@ def guard_update(model: ir.Model, spec: ProgramSpec, condition: str = "finite") 
     Args:
         model: The step; changed in place.
         spec: Its outputs, and which of them feed which state input.
+        discarded: Outputs whose new state is dropped when the condition is false.
         condition: Name of the scalar bool output that decides.
     """
     graph = model.graph
     outputs = {value.name: value for value in graph.outputs}
     inputs = {value.name: value for value in graph.inputs}
-    fed = [name for name in outputs if name in spec.feeds]
-    before = ancestors(value for name, value in outputs.items() if name not in spec.feeds)
+    fed = [name for name in outputs if name in discarded]
+    before = ancestors(value for name, value in outputs.items() if name not in discarded)
     update = [node for node in graph if node not in before]
 
     then_outputs, else_nodes, else_outputs, results = [], [], [], []

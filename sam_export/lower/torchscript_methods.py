@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import fx
 
-from sam_export.artifact.contract import HYPER, ProgramSpec, StepContract, TensorSpec
+from sam_export.artifact.contract import (
+    HYPER,
+    ProgramSpec,
+    StepContract,
+    TensorSpec,
+    discarded_if_not_finite,
+)
 from sam_export.artifact.semantics import Semantics
 from sam_export.lower.torchscript_in_place import Plan, plan_in_place
+from sam_export.lower.torchscript_random import METHOD, random_words_method
 from sam_export.lower.torchscript_source import (
     GraphWriter,
     Names,
@@ -17,7 +25,7 @@ from sam_export.lower.torchscript_source import (
     indented,
     needed_only_by,
 )
-from sam_export.tracing.randomness import random_nodes
+from sam_export.tracing.randomness import random_nodes, word_nodes
 
 CONSTANTS = "constants"
 """Submodule that holds tensors which the graph itself carries."""
@@ -32,7 +40,7 @@ def method_names(contract: StepContract) -> list[str]:
     """Every method that `module_source` defines."""
     programs = [program.name for program in contract.programs]
     plain = [f"{name}_unchecked" for name in programs]
-    return ["forward", "set_hyper", "name_of_dtype", *programs, *plain]
+    return ["forward", "set_hyper", "name_of_dtype", METHOD, *programs, *plain]
 
 
 def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str, fx.Graph]) -> str:
@@ -47,6 +55,8 @@ def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str
         graphs: Program name to its functional graph.
     """
     parts = [_name_of_dtype(), _set_hyper(contract), _forward(contract)]
+    if any(map(word_nodes, graphs.values())):
+        parts.append(random_words_method())
     for spec in contract.programs:
         parts.append(_unchecked(contract, semantics, spec, graphs[spec.name]))
         parts.append(_checked(contract, semantics, spec))
@@ -96,9 +106,12 @@ def _unchecked(
     results = dict(zip((output.name for output in spec.outputs), leaving, strict=True))
     shown = [results[output.name] for output in reported(spec)]
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    guarded = semantics.on_nonfinite != "ignore" and bool(spec.feeds)
-    # Draws keep their place and number, whatever they are for: the generator counts them.
-    later = needed_only_by(graph, shown + random_nodes(graph)) if guarded else set()
+    discarded = discarded_if_not_finite(spec, semantics)
+    always = {output: state for output, state in spec.feeds.items() if output not in discarded}
+    guarded = {output: state for output, state in spec.feeds.items() if output in discarded}
+    # Draws keep their place and number, whatever they are for: torch's generator counts them.
+    kept = shown + random_nodes(graph) + [results[output] for output in always]
+    later = needed_only_by(graph, kept) if guarded else set()
     first = [node for node in nodes if node not in later]
     last = [node for node in nodes if node in later]
     plan = plan_in_place(
@@ -127,15 +140,16 @@ def _unchecked(
         if plan.memory[node].op != "call_function":
             values[-1] = names.make(f"kept_{node.name}")
             body.append(f"{values[-1]} = {writer.expression(node)}.clone()")
-    update = writer.lines(last) + _writes(spec, results, placeholders, plan, writer, names)
-    if spec.feeds and semantics.on_nonfinite == "raise":
-        update.append(f"self.{STEP_COUNT} += 1")  # a step that is refused is none
+    write = partial(
+        _writes, results=results, placeholders=placeholders, plan=plan, writer=writer, names=names
+    )
+    counted = [f"self.{STEP_COUNT} += 1"] if spec.feeds else []
     if guarded:
+        update = writer.lines(last) + write(guarded)
+        if semantics.on_nonfinite == "raise":  # a step that is refused is none
+            update, counted = update + counted, []
         body += [f"if bool({writer.expression(results['finite'])}):", *indented(update)]
-    else:
-        body += update
-    if spec.feeds and semantics.on_nonfinite != "raise":
-        body.append(f"self.{STEP_COUNT} += 1")
+    body += write(always) + counted
     return [
         _signature(f"{spec.name}_unchecked", list(arguments.values()), "List[Tensor]"),
         *indented(body),
@@ -144,7 +158,7 @@ def _unchecked(
 
 
 def _writes(
-    spec: ProgramSpec,
+    feeds: Mapping[str, str],
     results: dict[str, fx.Node],
     placeholders: dict[str, fx.Node],
     plan: Plan,
@@ -153,7 +167,7 @@ def _writes(
 ) -> list[str]:
     """New state over old; what shares memory with other state is copied before the first write."""
     copies, writes = [], []
-    for output, target in spec.feeds.items():
+    for output, target in feeds.items():
         node = results[output]
         if plan.whole.get(node) is placeholders[target]:
             continue  # it was made there

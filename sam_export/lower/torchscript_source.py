@@ -16,6 +16,7 @@ from torch import fx
 from sam_export._compat import origins
 from sam_export.errors import LoweringError
 from sam_export.lower.torchscript_in_place import in_place_form
+from sam_export.lower.torchscript_random import METHOD
 
 RESERVED = {
     "self",
@@ -186,6 +187,8 @@ class GraphWriter:
         types = {argument.name: str(argument.type) for argument in schema.arguments}
         for name, value in node.kwargs.items():
             arguments.append(f"{name}={self.expression(value, types[name])}")
+        if target is torch.ops.sam_export.random_words.default:
+            return f"self.{METHOD}({', '.join(arguments)})"
         return f"torch.ops.{packet}({', '.join(arguments)})"
 
     def _parts(self, target: torch._ops.OpOverload, node: fx.Node) -> str:

@@ -157,6 +157,9 @@ def _oracle(step: TrainStep) -> Oracle:
         num_targets=step.num_targets,
         running_stats=semantics.running_stats,
         randomness=semantics.randomness,
+        generator=semantics.generator,
+        seed=step.seed,
+        step_count=step.step_count,
         on_nonfinite=semantics.on_nonfinite,
         decay_in_ascent=semantics.decay_in_ascent,
     )

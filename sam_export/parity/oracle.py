@@ -1,7 +1,7 @@
 """The oracle: plain eager SAM over a stock `torch.optim` optimizer.
 
-It imports nothing of this package, on purpose: an agreement is then between two independent pieces
-of code. It is the two-pass loop as a careful person writes it by hand, for clarity, not for speed.
+It imports nothing of this package but its own random numbers, which import nothing of it, on
+purpose: an agreement is then between two independent pieces of code. It is the two-pass loop as a careful person writes it by hand, for clarity, not for speed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from sam_export.parity.oracle_random import OracleDraws
 
 Batch = Sequence[Any] | Mapping[str, Any]
 
@@ -40,6 +42,10 @@ class Oracle:
         num_targets: How many entries at the end of a tuple batch go to the loss.
         running_stats: ``"ascent"``: buffers keep what the first pass made of them; ``"both"``.
         randomness: ``"same"``: the second pass draws what the first one drew; ``"fresh"``.
+        generator: ``"philox"``: random numbers come from (seed, step, draw), see `oracle_random`;
+            ``"torch"``: from torch's generators.
+        seed: For ``"philox"``: 64 bits.
+        step_count: For ``"philox"``: number of the next step.
         on_nonfinite: ``"ignore"`` updates regardless; otherwise a step whose losses or gradient
             norms are not finite changes nothing.
         decay_in_ascent: Whether ``weight_decay * w`` is part of the gradient that is ascended.
@@ -57,6 +63,9 @@ class Oracle:
         num_targets: int = 1,
         running_stats: str = "ascent",
         randomness: str = "same",
+        generator: str = "torch",
+        seed: int = 0,
+        step_count: int = 0,
         on_nonfinite: str = "skip",
         decay_in_ascent: bool = False,
     ) -> None:
@@ -65,6 +74,12 @@ class Oracle:
         self.num_targets = num_targets
         self.running_stats = running_stats
         self.randomness = randomness
+        self.generator = generator
+        self.seed, self.step_count = seed, step_count
+        self.draws = 0
+        """How many draws the last step took from its own generator."""
+        self.is_counting = False
+        """Whether seed and step number are part of the state."""
         self.on_nonfinite = on_nonfinite
         self.decay_in_ascent = decay_in_ascent
         self.is_double = False
@@ -96,7 +111,9 @@ class Oracle:
             ``loss``, ``perturbed_loss``, ``grad_norm``, ``perturbation_norm`` and ``finite``.
         """
         with torch.enable_grad(), self._default_dtype():
-            return self._step(self._tensors(batch))
+            result = self._step(self._tensors(batch))
+        self.step_count += result["finite"] or self.on_nonfinite != "raise"
+        return result
 
     def _step(self, batch: Batch) -> dict[str, float | bool]:
         groups = self.optimizer.param_groups
@@ -106,8 +123,10 @@ class Oracle:
 
         # First pass, at w.
         self._zero_grad()
-        loss = self._loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with self._drawing(0) as draws:
+            loss = self._loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.draws = draws.next
         buffers_after_ascent = [buffer.clone() for buffer in buffers]
         old: list[tuple[Tensor, Tensor]] = []
         perturbations: list[Tensor] = []
@@ -132,8 +151,9 @@ class Oracle:
         self._zero_grad()
         if self.randomness == "same":
             self._set_generators(generators)
-        perturbed_loss = self._loss(batch)
-        perturbed_loss.backward()  # type: ignore[no-untyped-call]
+        with self._drawing(0 if self.randomness == "same" else self.draws) as draws:
+            perturbed_loss = self._loss(batch)
+            perturbed_loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for p, value in old:
                 p.copy_(value)
@@ -211,6 +231,8 @@ class Oracle:
         """
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         state = {name: _array(value) for name, value in named.items()}
+        if self.is_counting:
+            state |= {"rng.seed": np.array(self.seed), "counter.step": np.array(self.step_count)}
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
@@ -225,6 +247,8 @@ class Oracle:
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, tensor in named.items():
             tensor.copy_(torch.tensor(state[name]))
+        if self.is_counting:
+            self.seed, self.step_count = int(state["rng.seed"]), int(state["counter.step"])
         for name, p in self.model.named_parameters():
             entries = self.optimizer.state.pop(p, {})
             kept = {key: v for key, v in entries.items() if not isinstance(v, Tensor)}
@@ -238,6 +262,15 @@ class Oracle:
                     kept[key] = value if key == "step" else value.to(p.device)
             if kept:
                 self.optimizer.state[p] = kept
+
+    @contextmanager
+    def _drawing(self, first: int) -> Iterator[OracleDraws]:
+        draws = OracleDraws(self.seed, self.step_count, first)
+        if self.generator == "torch":
+            yield draws
+        else:
+            with draws:
+                yield draws
 
     # -- surroundings -------------------------------------------------------------------------
 

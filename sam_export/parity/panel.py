@@ -62,9 +62,9 @@ class Round:
 class Panel:
     """All oracle runs over one model, its optimizer and its batches.
 
-    The judge is the oracle in float64. A model that draws random numbers draws others in float64,
-    and some models cannot run in float64: eager in the model's own dtype is the judge then, and
-    `notes` says so.
+    The judge is the oracle in float64. A model that draws from torch's generator draws other numbers
+    in float64, and some models cannot run in float64: eager in the model's own dtype is the judge
+    then, and `notes` says so.
 
     The disturbed runs see their batches permuted. Below float64 their weights and inputs are also
     off by up to one rounding: an algorithm is as good as can be if its result is the exact one for
@@ -89,22 +89,31 @@ class Panel:
         self.seed = seed
         self.permutations = tol.permutations
         self.notes: list[str] = []
-        self._make = make
         try:
             probe = make()
-            self.start = probe.snapshot()
             drew = self._draws_random_numbers(probe)
         except Exception as error:
             raise ParityError(
                 f"Eager itself cannot run this step, so there is nothing to compare with: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        # Numbers of the step's own generator are the same in every dtype, and part of the state.
+        own = drew and probe.generator == "philox"
+
+        def made() -> Oracle:
+            oracle = make()
+            oracle.is_counting = own
+            return oracle
+
+        self._make = made
+        self.start = made().snapshot()
         self.parameters = frozenset(probe.parameter_names)
         self.buffers = frozenset(n for n, _ in probe.model.named_buffers())
         self.dtype = str(next(self.start[n].dtype for n in probe.parameter_names))
-        self._eager = make()
+        self._eager = made()
         self.on_nonfinite = self._eager.on_nonfinite
-        self._judge = self._make_judge(drew)
+        others = drew and not own
+        self._judge = self._make_judge(others)
         self._permutes = not drew and self._order_is_neutral()
         self._jitters = not self._permutes or self.dtype != "float64"
         if not self._permutes:
@@ -112,9 +121,11 @@ class Panel:
                 "noise floor without permutations (random numbers, a loss that depends on the "
                 "order, or too few examples): weights and inputs off by one rounding"
             )
-        self._free: list[tuple[Oracle, State]] = [(self._make_judge(drew, quiet=True), self.start)]
+        self._free: list[tuple[Oracle, State]] = [
+            (self._make_judge(others, quiet=True), self.start)
+        ]
         for variant in range(tol.permutations + 1):
-            oracle = make()
+            oracle = made()
             start = self._disturbed_state(self.start, variant, 0)
             oracle.load(start)
             self._free.append((oracle, start))
@@ -190,11 +201,12 @@ class Panel:
         self.seed_generators(0)
         before = _generator_states()
         oracle.step(self.batches[0])
-        return any(not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True))
+        moved = any(not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True))
+        return moved or oracle.draws > 0
 
-    def _make_judge(self, drew: bool, quiet: bool = False) -> Oracle:
-        reason = "the model draws random numbers, which are others in float64" if drew else ""
-        if not drew:
+    def _make_judge(self, others: bool, quiet: bool = False) -> Oracle:
+        reason = "the model draws random numbers, which are others in float64" if others else ""
+        if not others:
             try:
                 judge = self._make().double()
                 judge.step(self.batches[0])

@@ -102,7 +102,7 @@ def begin(run: Run, panel: Panel, reset: bool) -> None:
         if reset:
             run.session.set_state(_fitted(panel.start, run.initial))
             run.initial = dict(run.session.state)
-        problems = mismatches(panel.start, _compared(run, run.initial), run.initial)
+        problems = mismatches(panel.start, _compared(run, run.initial, panel.start), run.initial)
         for name, value in panel.start.items():
             if name not in problems and not np.array_equal(run.initial[name], value):
                 problems[name] = "does not start from eager's value"
@@ -248,7 +248,7 @@ def _compare(
     steps: int,
 ) -> dict[str, Sample]:
     eager = this.eager.state
-    state = _compared(run, found.state)
+    state = _compared(run, found.state, eager)
     problems = mismatches(eager, state, run.initial)
     result = with_errors(samples, problems, this.judge.state, eager, state)
     result["finite"] = flag_sample(this.eager.finite, found.finite)
@@ -264,15 +264,15 @@ def _compare(
     return result
 
 
-def _compared(run: Run, state: State) -> State:
-    """Without what only the graph has: step counters, random state."""
+def _compared(run: Run, state: State, eager: State) -> State:
+    """Without what only the graph has: a seed and a step number that only evaluation uses."""
     contract = getattr(run.session, "contract", None)
     own = (
         {spec.name for spec in contract.state if spec.role in ("counter", "rng")}
         if contract
         else ()
     )
-    return {name: value for name, value in state.items() if name not in own}
+    return {name: value for name, value in state.items() if name not in own or name in eager}
 
 
 def _fitted(state: State, full: State) -> dict[str, NDArray[Any]]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sam_export.artifact.contract import HYPER, ProgramSpec, TensorSpec
+from sam_export.artifact.contract import (
+    HYPER,
+    SEED,
+    STEP,
+    ProgramSpec,
+    TensorSpec,
+    discarded_if_not_finite,
+)
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import ArtifactError, RuntimeUnavailableError
 from sam_export.runtime.detect import parse_device, require_onnxruntime, require_provider
+from sam_export.runtime.random_inputs import RandomInputs
 
 _TYPES = {
     "float16": "tensor(float16)",
@@ -51,6 +59,8 @@ class OrtEngine:
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._step = artifact.contract.program("step")
+        discarded = discarded_if_not_finite(self._step, artifact.semantics)
+        self._kept_back = {self._step.feeds[output] for output in discarded}
         self._overwritten = {
             name for name, reason in artifact.details.get("in_place", {}).items() if not reason
         }
@@ -58,6 +68,8 @@ class OrtEngine:
         self._spare: dict[str, Any] = {}
         self._hyper: dict[str, Any] = {}
         self._bindings: list[Any] = []
+        self._random = RandomInputs(artifact.details, threads)
+        self._drawn_with: tuple[int, int] | None = None
         self.provider = self._providers[0]
         self._session("step")
 
@@ -70,6 +82,8 @@ class OrtEngine:
                 self._current[name].update_inplace(np.array(value, order="C"))
             else:
                 self._current[name] = self._on_device(np.array(value, order="C"))
+        if SEED in state:
+            self._drawn_with = int(state[SEED]), int(state[STEP])
         if not self._bindings:
             swapped = [name for name in self._step.feeds.values() if name not in self._overwritten]
             self._spare = {name: self._on_device(np.array(state[name])) for name in swapped}
@@ -125,7 +139,16 @@ class OrtEngine:
             for name, spare in self._spare.items():
                 self._current[name], self._spare[name] = spare, self._current[name]
             self._bindings.reverse()
+        if self._drawn_with is not None:
+            self._drawn_with = self._next_draws(results["finite"])
         return results
+
+    def _next_draws(self, finite: Any) -> tuple[int, int]:
+        """Seed and number of the next step, without asking the device where that can be."""
+        assert self._drawn_with is not None
+        seed, step = self._drawn_with
+        unguarded = STEP not in self._kept_back
+        return (seed, step + 1) if unguarded or bool(self.to_numpy(finite)) else (seed, step)
 
     def _run(
         self, session: Any, binding: Any, spec: ProgramSpec, batch: Sequence[Any]
@@ -136,6 +159,9 @@ class OrtEngine:
         for name, value in zip(names, held, strict=True):
             binding.bind_ortvalue_input(name, value)
         sizes = _symbols(self._artifact.contract.batch, held, names)
+        for name, value in self._words(spec.name, sizes):
+            held.append(value)  # alive until the graph has run
+            binding.bind_ortvalue_input(name, value)
         results = {}
         for output in spec.outputs:
             if output.name not in spec.feeds:
@@ -143,6 +169,11 @@ class OrtEngine:
                 binding.bind_ortvalue_output(output.name, results[output.name])
         session.run_with_iobinding(binding)
         return results
+
+    def _words(self, program: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+        if self._drawn_with is not None:
+            for name, words in self._random.words(program, *self._drawn_with, sizes).items():
+                yield name, self._on_device(words)
 
     def _room(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Any:
         """A new buffer for one result.
@@ -197,8 +228,11 @@ class OrtEngine:
     def _check(self, program: str, session: Any) -> None:
         contract = self._artifact.contract
         spec = contract.program(program)
+        words = [
+            TensorSpec(item.name, "rng", "int32", item.size) for item in self._random.of(program)
+        ]
         for kind, found, expected in (
-            ("input", session.get_inputs(), contract.inputs_of(spec)),
+            ("input", session.get_inputs(), [*contract.inputs_of(spec), *words]),
             ("output", session.get_outputs(), spec.outputs),
         ):
             names = [item.name for item in found]

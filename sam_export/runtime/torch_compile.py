@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sam_export._compat import inductor
-from sam_export.artifact.contract import ProgramSpec
+from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.runtime.torch_engine import FlatTorchEngine, Program
 from sam_export.tracing.in_place import in_place, scalar_positions
 
@@ -19,10 +19,10 @@ class TorchCompileEngine(FlatTorchEngine):
 
     def _program(self, spec: ProgramSpec) -> Program:
         graph = inductor.load_exported(self._artifact.file(spec.name), self._device)
-        guarded = self._artifact.semantics.on_nonfinite != "ignore"
+        discarded = discarded_if_not_finite(spec, self._artifact.semantics)
         scalars = scalar_positions(self._artifact.contract, spec)
         return inductor.compiled(
-            in_place(graph, spec, guarded, scalars),
+            in_place(graph, spec, discarded, scalars),
             varying="batch",
             eager_random=bool(self._artifact.details.get("random_ops")),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
 from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
+from sam_export.step.draws import Draws
 from sam_export.step.passes import Group, Objective, Passes, two_passes
 from sam_export.step.sam import SAM
 from sam_export.step.update import Slots, apply_update
@@ -34,10 +36,17 @@ class TrainStep(nn.Module):
         optimizer: A `SAM` over (some of) the model's parameters; it is the configuration.
         num_targets: How many entries at the end of a batch go to the loss.
         semantics: The choices that define a step.
+        seed: Of the random numbers that the step draws, 64 bits; None takes the seed of torch's
+            generator (`torch.manual_seed`).
+
+    Attributes:
+        seed: The seed in use.
+        step_count: Steps run so far, skipped ones included: the number of the next step. It is
+            part of `state_dict`, like the seed.
 
     Raises:
-        StepConfigError: The optimizer is not a `SAM`, has a parameter that is not the model's, or
-            nothing is left to train.
+        StepConfigError: The optimizer is not a `SAM`, has a parameter that is not the model's,
+            nothing is left to train, or the seed has more than 64 bits.
     """
 
     def __init__(
@@ -47,6 +56,7 @@ class TrainStep(nn.Module):
         optimizer: SAM,
         num_targets: int = 1,
         semantics: Semantics | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(optimizer, SAM):
@@ -61,6 +71,9 @@ class TrainStep(nn.Module):
         self.optimizer = optimizer
         self.num_targets = num_targets
         self.semantics = semantics or Semantics()
+        self.seed = _signed(torch.initial_seed() if seed is None else seed)
+        self.step_count = 0
+        self._draws_nothing = False
         self.group_names()  # refuse a wrong optimizer now rather than at the first step
 
     def group_names(self) -> list[list[str]]:
@@ -134,6 +147,7 @@ class TrainStep(nn.Module):
         values: Sequence[Tensor],
         at: Callable[[str], None] = lambda stage: None,
         watch: Callable[[Tensor], None] = lambda loss: None,
+        draws: Draws | None = None,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """The whole step as a function of its arguments; changes nothing.
 
@@ -146,6 +160,7 @@ class TrainStep(nn.Module):
             values: The batch, in the order of ``layout.names``.
             at: Told the name of each stage before it begins.
             watch: Shown the loss of each pass before it is differentiated.
+            draws: Where random numbers come from; None: torch's generators.
 
         Returns:
             Both passes (losses, norms, new buffers), the new parameters and the new slots. They
@@ -161,7 +176,12 @@ class TrainStep(nn.Module):
             watch(loss)
             return loss, outputs
 
-        with torch.no_grad():
+        def begin(stage: str) -> None:
+            at(stage)
+            if draws is not None:
+                draws.at(stage)
+
+        with torch.no_grad(), draws or contextlib.nullcontext():
             passes = two_passes(
                 watched,
                 parameters,
@@ -169,9 +189,9 @@ class TrainStep(nn.Module):
                 groups,
                 list(hyper["rho"].unbind()),
                 self.semantics,
-                at=at,
+                at=begin,
             )
-            at("update")
+            begin("update")
             names = [list(group.names) for group in groups]
             trained = {name: parameters[name] for part in names for name in part}
             updated, new_slots = apply_update(
@@ -207,25 +227,39 @@ class TrainStep(nn.Module):
         values = layout.tensors(given)
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
-        rewind = _Generators(parameters.values())
-        with torch.no_grad():
-            passes = two_passes(
+        generators = _Generators(parameters.values())
+
+        def run(at: Callable[[str], None]) -> Passes:
+            return two_passes(
                 self.objective(layout, values),
                 {name: p.detach() for name, p in parameters.items()},
                 buffers,
                 self.groups(),
                 [group["rho"] for group in self.optimizer.param_groups],
                 self.semantics,
-                at=rewind if self.semantics.randomness == "same" else lambda stage: None,
+                at=at,
             )
-            if self.semantics.on_nonfinite == "ignore" or bool(passes.finite):
-                self._write(parameters, buffers, passes)
-            elif self.semantics.on_nonfinite == "raise":
-                raise StepConfigError(
-                    f"The step is not finite (loss {float(passes.loss):g}, perturbed loss "
-                    f"{float(passes.perturbed_loss):g}, gradient norm "
-                    f"{float(passes.grad_norm):g}); nothing was changed."
-                )
+
+        with torch.no_grad():
+            passes: Passes | None = None
+            if self.semantics.generator == "torch":
+                again = self.semantics.randomness == "same"
+                passes = run(generators.rewind_for_descent if again else lambda stage: None)
+            elif self._draws_nothing:
+                # Without `Draws`, which costs a call to Python for every operator.
+                passes = run(lambda stage: None)
+                if generators.have_moved():
+                    generators.rewind()
+                    passes = None
+            if passes is not None:
+                self._finish(parameters, buffers, passes)
+            else:
+                draws = self.draws(next(iter(parameters.values())).device)
+                with draws:
+                    passes = run(draws.at)
+                    self._finish(parameters, buffers, passes)
+                self._draws_nothing = draws.count == 0
+        self.step_count += 1
         return StepResult(
             loss=passes.loss,
             perturbed_loss=passes.perturbed_loss,
@@ -235,37 +269,75 @@ class TrainStep(nn.Module):
             outputs=passes.outputs,
         )
 
-    def _write(
+    def draws(self, device: torch.device) -> Draws:
+        """The random numbers of the next step."""
+        return Draws(
+            torch.tensor(self.seed, device=device),
+            torch.tensor(self.step_count, device=device),
+            same=self.semantics.randomness == "same",
+        )
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Seed and step number, for `state_dict`."""
+        return {"seed": self.seed, "step_count": self.step_count}
+
+    def set_extra_state(self, state: Mapping[str, int]) -> None:
+        """The inverse of `get_extra_state`."""
+        self.seed, self.step_count = state["seed"], state["step_count"]
+
+    def _finish(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], passes: Passes
     ) -> None:
-        trained = {name for names in self.group_names() for name in names}
-        for name in trained:
-            parameters[name].grad = passes.gradients.get(name)
-        self.optimizer.base_optimizer.step()
-        self.optimizer._opt_called = True
-        for name in trained:
-            parameters[name].grad = None
-        for name, value in buffers.items():
-            value.copy_(passes.buffers[name])
+        """Writes the new state, if the semantics let these values through."""
+        if self.semantics.on_nonfinite == "ignore" or bool(passes.finite):
+            trained = {name for names in self.group_names() for name in names}
+            for name in trained:
+                parameters[name].grad = passes.gradients.get(name)
+            self.optimizer.base_optimizer.step()
+            self.optimizer._opt_called = True
+            for name in trained:
+                parameters[name].grad = None
+            for name, value in buffers.items():
+                value.copy_(passes.buffers[name])
+        elif self.semantics.on_nonfinite == "raise":
+            raise StepConfigError(
+                f"The step is not finite (loss {float(passes.loss):g}, perturbed loss "
+                f"{float(passes.perturbed_loss):g}, gradient norm "
+                f"{float(passes.grad_norm):g}); nothing was changed."
+            )
 
 
 class _Generators:
-    """Before the descent pass, puts torch's generators back to where they stood at first."""
+    """Torch's generators, and where they stood at first."""
 
     def __init__(self, tensors: Any) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = {
-            tensor.device: torch.cuda.get_rng_state(tensor.device)
-            for tensor in tensors
-            if tensor.is_cuda
-        }
+        self._devices = sorted({str(tensor.device) for tensor in tensors if tensor.is_cuda})
+        self._states = self._now()
 
-    def __call__(self, stage: str) -> None:
-        if stage != "descent":
-            return
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
+    def rewind(self) -> None:
+        """Puts them back to where they stood."""
+        torch.set_rng_state(self._states[0])
+        for device, state in zip(self._devices, self._states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
+
+    def rewind_for_descent(self, stage: str) -> None:
+        """Puts them back before the descent pass."""
+        if stage == "descent":
+            self.rewind()
+
+    def have_moved(self) -> bool:
+        """Whether something has been drawn from one of them."""
+        return any(not torch.equal(a, b) for a, b in zip(self._states, self._now(), strict=True))
+
+    def _now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+
+
+def _signed(seed: int) -> int:
+    """The 64 bits of a seed as a signed number."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise StepConfigError(f"seed={seed!r}: expected an integer of at most 64 bits.")
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def _check_loss(loss: Any, from_model: bool) -> None:

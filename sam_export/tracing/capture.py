@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,20 +16,29 @@ from sam_export.artifact.contract import (
     HYPER,
     METRICS,
     NEXT,
+    SEED,
+    STEP,
     HyperSpec,
     ProgramSpec,
     Role,
     StepContract,
     TensorSpec,
 )
+from sam_export.artifact.philox import EVALUATION
 from sam_export.errors import CaptureError
 from sam_export.step.batch import BatchLayout, unwrapped
 from sam_export.step.call import call_with
+from sam_export.step.draws import Draws
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
 from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
-from sam_export.tracing.randomness import random_nodes, share_draws
+from sam_export.tracing.randomness import (
+    frozen_draws_refused,
+    random_nodes,
+    share_draws,
+    word_nodes,
+)
 from sam_export.tracing.state import StateLayout, accepts, dtype_name, state_layout
 from sam_export.tracing.trace import exported, traced
 
@@ -106,6 +116,7 @@ class _Capture:
             HyperSpec(name, tuple(float(group[name]) for group in groups)) for name in ("lr", "rho")
         )
         self.output_tree: Any = None
+        self.drew = False
         self.programs: dict[str, torch.export.ExportedProgram] = {}
         self.specs: list[ProgramSpec] = []
 
@@ -124,6 +135,8 @@ class _Capture:
             self._trace("evaluate", model_state, (), self._evaluate, len(self.layout.inputs))
             self._trace("evaluate_loss", model_state, (), self._evaluate_loss, len(batch))
         graph = self._trace("step", self.state.specs, self.hyper, self._step, len(batch))
+        if not self.drew:
+            self.state = self.state.without_draws()
         contract = StepContract(
             state=self.state.specs,
             hyper=self.hyper,
@@ -151,12 +164,13 @@ class _Capture:
     # -- the three functions that are traced: flat tensors by name -> (name, role, tensor) --------
 
     def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
-        outputs = self.layout.call(
-            lambda *args, **kwargs: call_with(
-                self.step.model, self._model_state(given), args, kwargs
-            ),
-            [given[name] for name in self.layout.inputs],
-        )
+        with self._draws_of_evaluation(given):
+            outputs = self.layout.call(
+                lambda *args, **kwargs: call_with(
+                    self.step.model, self._model_state(given), args, kwargs
+                ),
+                [given[name] for name in self.layout.inputs],
+            )
         leaves, self.output_tree = tree.flatten(outputs)
         return [(name, "output", leaf) for name, leaf in leaves]
 
@@ -167,11 +181,13 @@ class _Capture:
             leaves = {name: value.detach() for name, value in parameters.items()}
             for name in self.state.trained:
                 leaves[name].requires_grad_()
-            loss, _ = objective(leaves, {name: value.clone() for name, value in buffers.items()})
+            with self._draws_of_evaluation(given):
+                loss, _ = objective(leaves, {name: v.clone() for name, v in buffers.items()})
         return [("loss", "metric", loss.detach())]
 
     def _step(self, given: Mapping[str, Tensor]) -> list[Produced]:
         paths = origins.ModulePaths(self.step.model)
+        draws = self._draws(given, same=self.step.semantics.randomness == "same")
         parameters, buffers = self.state.split(given)
         with paths.recording():
             passes, updated, slots = self.step.pure(
@@ -183,11 +199,14 @@ class _Capture:
                 [given[name] for name in self.layout.names],
                 at=paths.at,
                 watch=paths.watch,
+                draws=draws,
             )
         result: list[Produced] = [(name, "metric", getattr(passes, name)) for name in METRICS]
         if self.return_outputs:
             result += [(name, "output", leaf) for name, leaf in tree.flatten(passes.outputs)[0]]
         after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
+        if draws is not None:
+            after |= {SEED: given[SEED], STEP: given[STEP] + 1}
         return result + [
             (NEXT + spec.name, spec.role, after[spec.name]) for spec in self.state.specs
         ]
@@ -195,6 +214,17 @@ class _Capture:
     def _model_state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters, buffers = self.state.split(given)
         return {**parameters, **{name: value.clone() for name, value in buffers.items()}}
+
+    def _draws(
+        self, given: Mapping[str, Tensor], same: bool, first_stream: int = 0
+    ) -> Draws | None:
+        if SEED not in given:
+            return None
+        return Draws(given[SEED], given[STEP], same, first_stream)
+
+    def _draws_of_evaluation(self, given: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        draws = self._draws(given, same=False, first_stream=EVALUATION)
+        return draws or contextlib.nullcontext()
 
     # -- tracing ----------------------------------------------------------------------------------
 
@@ -220,11 +250,19 @@ class _Capture:
             produced[:] = function(dict(zip(names, tensors, strict=True)))
             return [tensor for _, _, tensor in produced]
 
-        graph_module, symbols = traced(flat, arguments, marks)
-        if name == "step" and self.step.semantics.randomness == "same":
+        with frozen_draws_refused():
+            graph_module, symbols = traced(flat, arguments, marks)
+        semantics = self.step.semantics
+        if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
             share_draws(graph_module)
         refuse_mutation(graph_module.graph)
-        kept = _drop_unchanged(graph_module, names, [name for name, _, _ in produced])
+        draws = bool(word_nodes(graph_module.graph))
+        self.drew |= draws
+        # The step counts itself for evaluation programs that draw, too.
+        unread = set() if draws or (name == "step" and self.drew) else {SEED, STEP}
+        kept = _drop_unchanged(graph_module, names, [name for name, _, _ in produced], unread)
+        places = [index for index, name in enumerate(names) if name not in unread]
+        names, arguments, marks = ([each[i] for i in places] for each in (names, arguments, marks))
         program = exported(graph_module, arguments, marks)
         refuse_mutation(program.graph)
         outputs = [
@@ -265,18 +303,38 @@ class _Capture:
 
 
 def _drop_unchanged(
-    graph_module: torch.fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]
+    graph_module: torch.fx.GraphModule,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    unread: set[str],
 ) -> list[bool]:
-    """Removes new-state outputs that are just their input; says which outputs are kept."""
+    """Removes new-state outputs that are just their input, and state that is of no use.
+
+    Args:
+        graph_module: It is changed.
+        inputs: Names of its inputs.
+        outputs: Names of its outputs.
+        unread: State to remove, input and output.
+
+    Returns:
+        For every output, whether it is kept.
+    """
     graph = graph_module.graph
     placeholders = dict(zip(inputs, graph.find_nodes(op="placeholder"), strict=True))
     (result,) = graph.find_nodes(op="output")
+
+    def is_new(name: str, value: torch.fx.Node) -> bool:
+        state = name[len(NEXT) :]
+        return state not in unread and value is not placeholders[state]
+
     kept = [
-        not (name.startswith(NEXT) and value is placeholders[name[len(NEXT) :]])
+        not name.startswith(NEXT) or is_new(name, value)
         for name, value in zip(outputs, result.args[0], strict=True)
     ]
     result.args = ([value for value, keep in zip(result.args[0], kept, strict=True) if keep],)
     graph.eliminate_dead_code()
+    for name in unread & placeholders.keys():
+        graph.erase_node(placeholders[name])
     graph_module.recompile()
     return kept
 

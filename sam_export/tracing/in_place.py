@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from sam_export.artifact.contract import ProgramSpec, StepContract
 
 
 def in_place(
-    graph: Callable[..., Sequence[Tensor]], spec: ProgramSpec, guarded: bool, scalars: set[int]
+    graph: Callable[..., Sequence[Tensor]],
+    spec: ProgramSpec,
+    discarded: Collection[str],
+    scalars: set[int],
 ) -> Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]]:
     """``graph`` with its new state written over the old one; returns the other outputs.
 
@@ -22,32 +25,35 @@ def in_place(
     Args:
         graph: Flat tensors to flat tensors, without side effects.
         spec: Order of the inputs and outputs, and which output feeds which input.
-        guarded: Keep the old state when the output ``finite`` is false.
+        discarded: Outputs whose new state is dropped when the output ``finite`` is false.
         scalars: Positions of the state tensors that are held as vectors of one element.
     """
     outputs = [output.name for output in spec.outputs]
     reported = [index for index, name in enumerate(outputs) if name not in spec.feeds]
     written = [
-        (index, spec.inputs.index(spec.feeds[name]))
+        (index, spec.inputs.index(spec.feeds[name]), name in discarded)
         for index, name in enumerate(outputs)
         if name in spec.feeds
     ]
-    finite = outputs.index("finite") if guarded and written else None
+    finite = outputs.index("finite") if discarded else None
 
     def run(state: list[Tensor], hyper: list[Tensor], batch: list[Tensor]) -> list[Tensor]:
         given = [value[0] if i in scalars else value for i, value in enumerate(state)]
         results = graph(*given, *hyper, *batch)
         # All new values before the first write: one may be another state tensor, or a view of it.
         values = []
-        for index, position in written:
+        for index, position, may_drop in written:
             new, old = results[index].reshape(state[position].shape), state[position]
-            values.append(new.clone() if finite is None else torch.where(results[finite], new, old))
+            if finite is not None and may_drop:
+                values.append(torch.where(results[finite], new, old))
+            else:
+                values.append(new.clone())
         # A model may return its own state, which the writes below change.
         kept = [
             results[index].clone() if spec.outputs[index].role == "output" else results[index]
             for index in reported
         ]
-        for (_, position), value in zip(written, values, strict=True):
+        for (_, position, _), value in zip(written, values, strict=True):
             state[position].copy_(value)
         return kept
 

@@ -1,24 +1,78 @@
-"""Random operators of a captured step: finding them, and giving both passes the same draw."""
+"""Random operators of a captured step: finding them, and giving both passes the same draw.
+
+Only steps that draw from torch's generator (`Semantics.generator`) hold random ATen operators;
+`share_draws` is for them. The others hold ``sam_export::random_words``, shared as they are traced.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import random
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from sam_export._compat import origins
 from sam_export.errors import CaptureError
+from sam_export.step.draws import without_dropout
 
 
 def random_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes that draw random numbers, in order of execution."""
+    """Nodes that draw from torch's generator, in order of execution."""
     return [
         node
         for node in graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
         and torch.Tag.nondeterministic_seeded in node.target.tags
+        and not without_dropout(node.target, node.args, node.kwargs)
     ]
+
+
+def word_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that draw words from Philox, in order of execution."""
+    target = torch.ops.sam_export.random_words.default
+    return graph.find_nodes(op="call_function", target=target)
+
+
+@contextlib.contextmanager
+def frozen_draws_refused() -> Iterator[None]:
+    """Refuses a trace in which the model drew from Python's or NumPy's own generator.
+
+    Such a number would be a constant of the graph.
+
+    Raises:
+        CaptureError: It did; both generators are put back.
+    """
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        yield
+        drew = [
+            name
+            for name, moved in (
+                ("random", random.getstate() != python),
+                ("numpy.random", not _same(np.random.get_state(legacy=False), numpy)),
+            )
+            if moved
+        ]
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+    if drew:
+        raise CaptureError(
+            f"The model draws from {' and '.join(drew)} in its forward pass: that number would be "
+            "the same in every step of the graph. Draw with torch (torch.rand, torch.bernoulli)."
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two states of NumPy's generator are equal."""
+    return a["state"]["pos"] == b["state"]["pos"] and np.array_equal(
+        a["state"]["key"], b["state"]["key"]
+    )
 
 
 _ATEN = torch.ops.aten

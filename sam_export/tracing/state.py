@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sam_export.artifact.contract import TensorSpec
+from sam_export.artifact.contract import SEED, STEP, TensorSpec
 from sam_export.errors import CaptureError, SamExportError, StepConfigError
 from sam_export.step.batch import BatchLayout
 from sam_export.step.train_step import TrainStep
@@ -44,7 +44,7 @@ def dtype_name(name: str, tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Parameters, then buffers, then slots.
+    """Parameters, then buffers, then slots, then seed and step number.
 
     Attributes:
         specs: One per state tensor, in the order of the graph inputs.
@@ -61,6 +61,13 @@ class StateLayout:
         return (
             {s.name: given[s.name] for s in self.specs if s.role == "parameter"},
             {s.name: given[s.name] for s in self.specs if s.role == "buffer"},
+        )
+
+    def without_draws(self) -> StateLayout:
+        """The layout of a step that draws no random numbers: no seed, no step number."""
+        specs = tuple(spec for spec in self.specs if spec.role not in ("rng", "counter"))
+        return replace(
+            self, specs=specs, values={spec.name: self.values[spec.name] for spec in specs}
         )
 
     def slots(self, given: Mapping[str, Tensor]) -> Slots:
@@ -99,7 +106,8 @@ def slot_name(parameter: str, key: str) -> str:
 
 
 def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> StateLayout:
-    """The state of ``step``: every parameter and buffer of the model, every slot of the optimizer.
+    """The state of ``step``: every parameter and buffer of the model, every slot of the optimizer,
+    and, where random numbers come from Philox, seed and step number.
 
     Raises:
         StepConfigError: The loss uses no trained parameter, or the optimizer's slots cannot be
@@ -157,6 +165,9 @@ def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor])
                 eager_dtype=eager if eager != dtype else None,
             )
             add(spec, value)
+    if step.semantics.generator == "philox":
+        add(TensorSpec(SEED, "rng", "int64", ()), torch.tensor(step.seed))
+        add(TensorSpec(STEP, "counter", "int64", ()), torch.tensor(step.step_count))
     return StateLayout(tuple(specs), state, trained)
 
 

@@ -1,0 +1,92 @@
+"""Random words in an ONNX graph: an input that the session fills.
+
+ONNX Runtime's CPU runs Philox in integer operators one whole tensor at a time, at 21 ns a word;
+NumPy, chunk by chunk in the cache, takes 6 (`docs/benchmarks`). Its CUDA training build has no
+kernels for shifts and bitwise operators at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import sympy
+import torch
+from torch import Tensor
+
+from sam_export._compat import tracing
+from sam_export.artifact.contract import ProgramSpec, StepContract
+from sam_export.tracing.randomness import word_nodes
+
+_DOMAIN = "sam_export"
+_PLACE = "RandomWords"
+
+
+def words_as_places(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """``program`` with a symbolic ONNX operator in the place of every draw of words."""
+    if not word_nodes(program.graph):
+        return program
+    return tracing.decomposed_by(program, {torch.ops.sam_export.random_words.default: _place})
+
+
+def _place(seed: Tensor, step: Tensor, size: Sequence[int], stream: int) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{_DOMAIN}::{_PLACE}",
+        (),
+        attrs={"stream": stream},
+        dtype=torch.int32,
+        shape=tuple(size),
+        version=1,
+    )
+
+
+def word_inputs(
+    program: torch.export.ExportedProgram, spec: ProgramSpec, contract: StepContract
+) -> list[dict[str, Any]]:
+    """The inputs of random words that a program has, for the manifest.
+
+    Returns:
+        For each: ``input`` (its name), ``stream``, and ``size``: per dimension a number, or an
+        expression in the symbolic sizes of the contract (``64*batch``).
+    """
+    names: dict[Any, Any] = {}
+    placeholders = program.graph.find_nodes(op="placeholder")
+    for node, item in zip(placeholders, contract.inputs_of(spec), strict=True):
+        for size, name in zip(node.meta["val"].shape, item.shape, strict=True):
+            if isinstance(name, str):
+                names[size.node.expr] = sympy.Symbol(name, integer=True, positive=True)
+
+    def written(size: Any) -> int | str:
+        return size if isinstance(size, int) else str(size.node.expr.subs(names))
+
+    return [
+        {
+            "input": input_name(int(node.args[3])),
+            "stream": int(node.args[3]),
+            "size": [written(size) for size in node.meta["val"].shape],
+        }
+        for node in word_nodes(program.graph)
+    ]
+
+
+def words_as_inputs(model: ir.Model) -> list[ir.Value]:
+    """Makes every draw of random words an input of the graph; returns these inputs."""
+    graph = model.graph
+    drawn = []
+    for node in list(graph):
+        if node.domain == _DOMAIN and node.op_type == _PLACE:
+            (result,) = node.outputs
+            name = input_name(node.attributes["stream"].as_int())
+            value = ir.Value(name=name, type=result.type, shape=result.shape)
+            result.replace_all_uses_with(value, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            drawn.append(value)
+    graph.inputs.extend(drawn)
+    model.opset_imports.pop(_DOMAIN, None)
+    return drawn
+
+
+def input_name(stream: int) -> str:
+    """Name of the graph input that holds the words of a stream."""
+    return f"random_words.{stream}"
