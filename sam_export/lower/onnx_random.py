@@ -60,14 +60,13 @@ def word_inputs(
     def written(size: Any) -> int | str:
         return size if isinstance(size, int) else str(size.node.expr.subs(names))
 
-    return [
-        {
-            "input": input_name(int(node.args[3])),
-            "stream": int(node.args[3]),
-            "size": [written(size) for size in node.meta["val"].shape],
-        }
-        for node in word_nodes(program.graph)
-    ]
+    found = []
+    for node in word_nodes(program.graph):
+        stream = node.args[3]
+        assert isinstance(stream, int)
+        size = [written(extent) for extent in node.meta["val"].shape]
+        found.append({"input": input_name(stream), "stream": stream, "size": size})
+    return found
 
 
 def words_as_inputs(model: ir.Model) -> list[ir.Value]:

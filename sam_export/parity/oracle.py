@@ -1,7 +1,8 @@
 """The oracle: plain eager SAM over a stock `torch.optim` optimizer.
 
 It imports nothing of this package but its own random numbers, which import nothing of it, on
-purpose: an agreement is then between two independent pieces of code. It is the two-pass loop as a careful person writes it by hand, for clarity, not for speed.
+purpose: an agreement is then between two independent pieces of code. It is the two-pass loop as a
+careful person writes it by hand, for clarity, not for speed.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Oracle:
         """
         with torch.enable_grad(), self._default_dtype():
             result = self._step(self._tensors(batch))
-        self.step_count += result["finite"] or self.on_nonfinite != "raise"
+        self.step_count += int(bool(result["finite"]) or self.on_nonfinite != "raise")
         return result
 
     def _step(self, batch: Batch) -> dict[str, float | bool]:

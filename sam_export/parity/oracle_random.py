@@ -61,18 +61,18 @@ class OracleDraws(TorchDispatchMode):
     """
 
     def __init__(self, seed: int, step: int, first: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seed, self._step = seed, step
         self.first = self.next = first
 
     def __enter__(self) -> OracleDraws:
         self._saved = torch.get_rng_state()
         torch.manual_seed(_FIRST + self.first)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.set_rng_state(self._saved)
 
     def __torch_dispatch__(
@@ -86,8 +86,9 @@ class OracleDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         given = {a.name: a.default_value for a in func._schema.arguments}
         given |= dict(zip(given, args, strict=False)) | kwargs
-        if name in ("native_dropout", "rrelu_with_noise"):
-            return method(given)
+        if name.startswith(("native_dropout", "rrelu_with_noise")):
+            output = method(given)
+            return given["self"].copy_(output) if name.endswith("_") else output
         size = given["size"] if "size" in given else [given["n"]] if "n" in given else None
         like = given.get("self")
         if size is None:
@@ -98,8 +99,8 @@ class OracleDraws(TorchDispatchMode):
         if name.endswith("_"):
             return given["self"].copy_(values)
         dtype = given.get("dtype") or (like.dtype if isinstance(like, Tensor) else None)
-        whole = name in ("randint", "randperm")
-        dtype = dtype or (torch.int64 if whole else torch.get_default_dtype())
+        if not isinstance(dtype, torch.dtype):  # the schema's own default is a number
+            dtype = torch.int64 if name in ("randint", "randperm") else torch.get_default_dtype()
         device = given.get("device") or (like.device if isinstance(like, Tensor) else "cpu")
         return values.to(device=device, dtype=dtype)
 
@@ -115,13 +116,15 @@ class OracleDraws(TorchDispatchMode):
 
     def _native_dropout(self, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         x, p = given["input"], given["p"]
-        kept = self._bernoulli({"p": 1 - p}, x.shape) if given["train"] is not False else [True]
-        mask = torch.tensor(np.asarray(kept), device=x.device).expand(math.prod(x.shape))
-        mask = mask.reshape(x.shape).clone()
+        if given["train"] is False:
+            return x.clone(), torch.ones_like(x, dtype=torch.bool)
+        kept = self._bernoulli({"p": 1 - p}, x.shape)
+        mask = torch.from_numpy(kept).reshape(x.shape).to(x.device)
         return x * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
 
     def _bernoulli(self, given: dict[str, Any], size: Sequence[int]) -> NDArray[Any]:
-        p = given.get("p", given.get("self"))
+        p: Any = given.get("p", given.get("self"))
+        chance: Any
         if isinstance(p, Tensor):
             chance = p.detach().cpu().double().expand(tuple(size)).numpy().ravel() * 2.0**32
         else:
@@ -143,17 +146,19 @@ class OracleDraws(TorchDispatchMode):
 
     def _uniform(self, given: dict[str, Any], size: Sequence[int]) -> NDArray[Any]:
         low, high = given["from"], given["to"]
-        values = low + (high - low) * self._unit(given["self"].dtype, size)
+        values: NDArray[Any] = low + (high - low) * self._unit(given["self"].dtype, size)
         rounded = torch.from_numpy(values).to(given["self"].dtype).double().numpy()
-        return np.where((rounded < high) | (high <= low), values, low)
+        return np.asarray(np.where((rounded < high) | (high <= low), values, low))
 
     def _rrelu_with_noise(self, given: dict[str, Any]) -> Tensor:
-        x, low, high = given["self"], given["lower"], given["upper"]
+        x: Tensor = given["self"]
+        low, high = float(given["lower"]), float(given["upper"])
         if not given["training"]:
             return torch.where(x > 0, x, x * (low + high) / 2)
         slope = torch.from_numpy(low + (high - low) * self._unit(x.dtype, x.shape))
         given["noise"].copy_(torch.where(x > 0, 1.0, slope.to(x).reshape(x.shape)))
-        return x * given["noise"]
+        noise: Tensor = given["noise"]
+        return x * noise
 
     def _gaussian(self, size: Sequence[int]) -> NDArray[Any]:
         u, v = self._words(size, 0, 1)
@@ -182,8 +187,8 @@ class OracleDraws(TorchDispatchMode):
         return np.asarray(high * 2**31 + low // 2)
 
     def _randint(self, given: dict[str, Any], size: Sequence[int]) -> NDArray[Any]:
-        low = given.get("low") or 0
-        return low + self._bits(size) % (given["high"] - low)
+        low = int(given.get("low") or 0)
+        return low + self._bits(size) % (int(given["high"]) - low)
 
     _randint_like = _randint
 

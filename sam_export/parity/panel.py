@@ -62,8 +62,8 @@ class Round:
 class Panel:
     """All oracle runs over one model, its optimizer and its batches.
 
-    The judge is the oracle in float64. A model that draws from torch's generator draws other numbers
-    in float64, and some models cannot run in float64: eager in the model's own dtype is the judge
+    The judge is the oracle in float64. A model that draws from torch's generator draws others in
+    float64, and some models cannot run in float64: eager in the model's own dtype is the judge
     then, and `notes` says so.
 
     The disturbed runs see their batches permuted. Below float64 their weights and inputs are also

@@ -1,19 +1,29 @@
-"""A model called with other tensors in the place of its parameters and buffers."""
+"""A model that holds other tensors in the place of its parameters and buffers, for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sam_export.errors import StepConfigError
+
+Result = TypeVar("Result")
+
 
 def call_with(
-    model: nn.Module, state: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
-    """``model(*args, **kwargs)`` with the tensors of ``state``, in every place where they are used.
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    function: Callable[[], Result],
+    refuse_replaced: bool = True,
+) -> Result:
+    """``function()``, while ``model`` has the tensors of ``state`` in every place that uses them.
+
+    Gradients belong inside ``function``, too: a checkpointed layer runs again in the backward pass,
+    and has to find the same tensors there.
 
     `torch.func.functional_call` finds the other places of a tied tensor itself, but where one
     module has two names it swaps the same attribute twice and leaves its own tensor in the model.
@@ -22,8 +32,12 @@ def call_with(
     Args:
         model: Left as it is.
         state: Tensors by the first name of a parameter or buffer.
-        args: Positional arguments of the call.
-        kwargs: Named ones.
+        function: It calls the model.
+        refuse_replaced: Whether the model must keep its tensors.
+
+    Raises:
+        StepConfigError: The model put another tensor into the place of a parameter or buffer; it
+            would be lost.
     """
     named = chain(model.named_parameters(), model.named_buffers())
     names = {id(tensor): name for name, tensor in named}
@@ -37,4 +51,38 @@ def call_with(
         for attribute, tensor in own:
             if names[id(tensor)] in state:
                 places[prefix + attribute] = state[names[id(tensor)]]
-    return torch.func.functional_call(model, places, tuple(args), dict(kwargs), tie_weights=False)
+
+    def checked() -> Result:
+        result = function()
+        if refuse_replaced:
+            _refuse_replaced(model, places)
+        return result
+
+    holder = _Holder(model, checked)
+    swapped = {f"model.{place}": tensor for place, tensor in places.items()}
+    result: Result = torch.func.functional_call(holder, swapped, (), tie_weights=False)
+    return result
+
+
+class _Holder(nn.Module):
+    """Calls a function while its submodule ``model`` has other tensors."""
+
+    def __init__(self, model: nn.Module, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self) -> Any:
+        """What the function returns."""
+        return self.function()
+
+
+def _refuse_replaced(model: nn.Module, places: Mapping[str, Tensor]) -> None:
+    for place, tensor in places.items():
+        path, _, attribute = place.rpartition(".")
+        if getattr(model.get_submodule(path), attribute) is not tensor:
+            raise StepConfigError(
+                f"{type(model).__name__} assigns {place!r} anew in its forward pass "
+                f"(self.{attribute} = ...), so the new value would be lost. Write into the tensor: "
+                f"self.{attribute}.copy_(...)."
+            )

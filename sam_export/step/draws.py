@@ -42,7 +42,7 @@ class Draws(TorchDispatchMode):
     """
 
     def __init__(self, seed: Tensor, step: Tensor, same: bool, first_stream: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seed, self._step = seed, step
         self._same = same
         self._first_stream = first_stream
@@ -96,11 +96,11 @@ class Draws(TorchDispatchMode):
         if self._seed.device.type == "cuda":
             self._left.enter_context(_MathAttention())
         torch.default_generator.manual_seed(_START)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._drawn = {number: (what, None) for number, (what, _) in self._drawn.items()}
         self._left.close()
 

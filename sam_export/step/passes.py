@@ -15,8 +15,11 @@ from sam_export.artifact.semantics import Semantics
 EPSILON = 1e-12
 """Added to the gradient norm, so that a gradient of zero gives a perturbation of zero."""
 
-Objective = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Tensor, Any]]
-"""(parameters, buffers) -> (scalar loss, model output) on one batch; may update the buffers."""
+Objective = Callable[
+    [Mapping[str, Tensor], Mapping[str, Tensor], Callable[[Tensor, Any], Any]], Any
+]
+"""(parameters, buffers, use) -> ``use(scalar loss, model output)`` on one batch, called while the
+model has these tensors; may update the buffers."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +172,16 @@ def _gradient(
     buffers: Mapping[str, Tensor],
     names: Sequence[str],
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
+    leaves = {name: value.detach() for name, value in parameters.items()}
+    for name in names:
+        leaves[name].requires_grad_()
+
+    def differentiated(loss: Tensor, outputs: Any) -> tuple[Tensor, Any, Sequence[Any]]:
+        wanted = [leaves[name] for name in names]
+        return loss, outputs, torch.autograd.grad(loss, wanted, allow_unused=True)
+
     with torch.enable_grad():
-        leaves = {name: value.detach() for name, value in parameters.items()}
-        for name in names:
-            leaves[name].requires_grad_()
-        loss, outputs = objective(leaves, buffers)
-        gradients = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+        loss, outputs, gradients = objective(leaves, buffers, differentiated)
     found = {
         name: gradient.detach()
         for name, gradient in zip(names, gradients, strict=True)

@@ -173,25 +173,23 @@ def random_(draws: Draws, x: Tensor) -> Tensor:
     Integers: 0 to the dtype's greatest; floats: 0 to 2^mantissa, all of which they can hold.
     """
     if x.dtype.is_floating_point:
-        return random_from_(draws, x, 0, int(2 / torch.finfo(x.dtype).eps) + 1)
-    if x.dtype == torch.bool:
-        return random_from_(draws, x, 0, 2)
-    greatest = torch.iinfo(x.dtype).max
-    return random_from_(draws, x, 0, min(greatest, 2**63 - 2) + 1)
+        high = int(2 / torch.finfo(x.dtype).eps) + 1
+    else:
+        high = 2 if x.dtype == torch.bool else min(torch.iinfo(x.dtype).max, 2**63 - 2) + 1
+    return x.copy_(_integers(draws, x.shape, 0, high))
 
 
 @form("aten::random_.to")
 def random_to_(draws: Draws, x: Tensor, high: int) -> Tensor:
     """random_.to(Tensor(a!) self, int to, *, Generator? generator=None) -> Tensor(a!)"""
-    return random_from_(draws, x, 0, high)
+    return x.copy_(_integers(draws, x.shape, 0, high))
 
 
 @form("aten::random_.from")
 def random_from_(draws: Draws, x: Tensor, low: int, high: int | None) -> Tensor:
     """random_.from(Tensor(a!) self, int from, int? to, *, Generator? generator=None)"""
-    if high is None:
-        high = torch.iinfo(x.dtype).max
-    return x.copy_(_integers(draws, x.shape, low, high))
+    highest = torch.iinfo(x.dtype).max if high is None else high
+    return x.copy_(_integers(draws, x.shape, low, highest))
 
 
 @form("aten::randperm")

@@ -15,6 +15,8 @@ from sam_export.errors import StepConfigError
 from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
+from sam_export.step.generators import Generators
+from sam_export.step.loss_checks import check_loss, refuse_reentrant
 from sam_export.step.passes import Group, Objective, Passes, two_passes
 from sam_export.step.sam import SAM
 from sam_export.step.update import Slots, apply_update
@@ -74,6 +76,7 @@ class TrainStep(nn.Module):
         self.seed = _signed(torch.initial_seed() if seed is None else seed)
         self.step_count = 0
         self._draws_nothing = False
+        self._was_looked_at = False
         self.group_names()  # refuse a wrong optimizer now rather than at the first step
 
     def group_names(self) -> list[list[str]]:
@@ -120,20 +123,24 @@ class TrainStep(nn.Module):
         """The loss of one batch as a function of parameters and buffers."""
 
         def evaluate(
-            parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-        ) -> tuple[Tensor, Any]:
-            def model(*args: Any, **kwargs: Any) -> Any:
-                state = {**parameters, **buffers}
-                return call_with(self.model, state, args, kwargs)
+            parameters: Mapping[str, Tensor],
+            buffers: Mapping[str, Tensor],
+            use: Callable[[Tensor, Any], Any],
+        ) -> Any:
+            def run() -> Any:
+                outputs = layout.call(self.model, values)
+                loss = (
+                    outputs
+                    if self.loss_fn is None
+                    else self.loss_fn(outputs, *values[len(layout.inputs) :])
+                )
+                check_loss(loss, self.loss_fn is None)
+                if not self._was_looked_at:
+                    refuse_reentrant(loss)
+                    self._was_looked_at = True
+                return use(loss, outputs)
 
-            outputs = layout.call(model, values)
-            loss = (
-                outputs
-                if self.loss_fn is None
-                else self.loss_fn(outputs, *values[len(layout.inputs) :])
-            )
-            _check_loss(loss, self.loss_fn is None)
-            return loss, outputs
+            return call_with(self.model, {**parameters, **buffers}, run)
 
         return evaluate
 
@@ -170,11 +177,15 @@ class TrainStep(nn.Module):
         objective = self.objective(layout, values)
 
         def watched(
-            parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-        ) -> tuple[Tensor, Any]:
-            loss, outputs = objective(parameters, buffers)
-            watch(loss)
-            return loss, outputs
+            parameters: Mapping[str, Tensor],
+            buffers: Mapping[str, Tensor],
+            use: Callable[[Tensor, Any], Any],
+        ) -> Any:
+            def use_watched(loss: Tensor, outputs: Any) -> Any:
+                watch(loss)
+                return use(loss, outputs)
+
+            return objective(parameters, buffers, use_watched)
 
         def begin(stage: str) -> None:
             at(stage)
@@ -227,7 +238,7 @@ class TrainStep(nn.Module):
         values = layout.tensors(given)
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
-        generators = _Generators(parameters.values())
+        generators = Generators(parameters.values())
 
         def run(at: Callable[[str], None]) -> Passes:
             return two_passes(
@@ -307,53 +318,8 @@ class TrainStep(nn.Module):
             )
 
 
-class _Generators:
-    """Torch's generators, and where they stood at first."""
-
-    def __init__(self, tensors: Any) -> None:
-        self._devices = sorted({str(tensor.device) for tensor in tensors if tensor.is_cuda})
-        self._states = self._now()
-
-    def rewind(self) -> None:
-        """Puts them back to where they stood."""
-        torch.set_rng_state(self._states[0])
-        for device, state in zip(self._devices, self._states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-    def rewind_for_descent(self, stage: str) -> None:
-        """Puts them back before the descent pass."""
-        if stage == "descent":
-            self.rewind()
-
-    def have_moved(self) -> bool:
-        """Whether something has been drawn from one of them."""
-        return any(not torch.equal(a, b) for a, b in zip(self._states, self._now(), strict=True))
-
-    def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
-
-
 def _signed(seed: int) -> int:
     """The 64 bits of a seed as a signed number."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise StepConfigError(f"seed={seed!r}: expected an integer of at most 64 bits.")
     return seed - 2**64 if seed >= 2**63 else seed
-
-
-def _check_loss(loss: Any, from_model: bool) -> None:
-    source = "The model (loss_fn is None)" if from_model else "loss_fn"
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        found = (
-            f"{loss.dtype} of shape {list(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else f"a {type(loss).__name__}"
-        )
-        raise StepConfigError(
-            f"{source} returned {found}; a step needs one floating-point scalar. Reduce the loss "
-            "(reduction='mean'), or return only the loss."
-        )
-    if not loss.requires_grad:
-        raise StepConfigError(
-            f"{source} returned a value that depends on no trained parameter; there is nothing to "
-            "differentiate. Is the output detached, or the model under torch.no_grad()?"
-        )

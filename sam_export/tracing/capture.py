@@ -82,7 +82,7 @@ def capture(
     values = layout.tensors(batch)
     dims = dims_of(dynamic, layout.names, values)
     values = at_least_two(values, dims)
-    with _kernels(portable):
+    with _kernels(portable), frozen_draws_refused():
         state = state_layout(step, layout, values)
         return _Capture(step, layout, values, dims, state, return_outputs, portable).run()
 
@@ -165,11 +165,12 @@ class _Capture:
 
     def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
         with self._draws_of_evaluation(given):
-            outputs = self.layout.call(
-                lambda *args, **kwargs: call_with(
-                    self.step.model, self._model_state(given), args, kwargs
-                ),
-                [given[name] for name in self.layout.inputs],
+            inputs = [given[name] for name in self.layout.inputs]
+            outputs = call_with(
+                self.step.model,
+                self._model_state(given),
+                lambda: self.layout.call(self.step.model, inputs),
+                refuse_replaced=False,
             )
         leaves, self.output_tree = tree.flatten(outputs)
         return [(name, "output", leaf) for name, leaf in leaves]
@@ -182,7 +183,8 @@ class _Capture:
             for name in self.state.trained:
                 leaves[name].requires_grad_()
             with self._draws_of_evaluation(given):
-                loss, _ = objective(leaves, {name: v.clone() for name, v in buffers.items()})
+                own = {name: value.clone() for name, value in buffers.items()}
+                loss = objective(leaves, own, lambda loss, _: loss)
         return [("loss", "metric", loss.detach())]
 
     def _step(self, given: Mapping[str, Tensor]) -> list[Produced]:
@@ -250,8 +252,7 @@ class _Capture:
             produced[:] = function(dict(zip(names, tensors, strict=True)))
             return [tensor for _, _, tensor in produced]
 
-        with frozen_draws_refused():
-            graph_module, symbols = traced(flat, arguments, marks)
+        graph_module, symbols = traced(flat, arguments, marks)
         semantics = self.step.semantics
         if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
             share_draws(graph_module)
@@ -262,7 +263,9 @@ class _Capture:
         unread = set() if draws or (name == "step" and self.drew) else {SEED, STEP}
         kept = _drop_unchanged(graph_module, names, [name for name, _, _ in produced], unread)
         places = [index for index, name in enumerate(names) if name not in unread]
-        names, arguments, marks = ([each[i] for i in places] for each in (names, arguments, marks))
+        names = [names[place] for place in places]
+        arguments = [arguments[place] for place in places]
+        marks = [marks[place] for place in places]
         program = exported(graph_module, arguments, marks)
         refuse_mutation(program.graph)
         outputs = [

@@ -186,9 +186,12 @@ def _used(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> set
             with torch.enable_grad():
                 for name in names:
                     parameters[name].requires_grad_()
-                loss, _ = step.objective(layout, batch)(parameters, buffers)
-                gradients = torch.autograd.grad(
-                    loss, [parameters[name] for name in names], allow_unused=True
+                gradients = step.objective(layout, batch)(
+                    parameters,
+                    buffers,
+                    lambda loss, _: torch.autograd.grad(
+                        loss, [parameters[name] for name in names], allow_unused=True
+                    ),
                 )
         except SamExportError:
             raise
@@ -208,7 +211,7 @@ def accepts(
             parameters[name].requires_grad_()
         batch = [mode.from_tensor(value.contiguous()) for value in values]
         try:
-            step.objective(layout, batch)(parameters, buffers)
+            step.objective(layout, batch)(parameters, buffers, lambda loss, _: loss)
         except (ValueError, RuntimeError):
             return False
     return True

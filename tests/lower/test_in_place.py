@@ -110,7 +110,7 @@ UNSAFE = {
 def test_a_safe_update_is_allowed(guarded: bool) -> None:
     model, spec = model_of(SAFE), spec_of()
     if guarded:
-        guard_update(model, spec)
+        guard_update(model, spec, spec.feeds)
     assert in_place(model, spec) == {"w": ""}
 
 
@@ -124,14 +124,14 @@ def test_an_unsafe_update_is_refused(case: str) -> None:
 def test_an_unsafe_update_is_refused_inside_the_guard_too(case: str) -> None:
     nodes, reason = UNSAFE[case]
     model, spec = model_of(nodes), spec_of()
-    guard_update(model, spec)
+    guard_update(model, spec, spec.feeds)
     assert reason in in_place(model, spec)["w"]
 
 
 def test_the_guard_makes_an_unordered_reader_wait() -> None:
     """`late` decides whether to update at all, so with the guard it comes first."""
     model, spec = model_of(UNSAFE["an unordered reader"][0]), spec_of()
-    guard_update(model, spec)
+    guard_update(model, spec, spec.feeds)
     assert in_place(model, spec) == {"w": ""}
 
 
@@ -144,7 +144,7 @@ def test_state_that_another_update_reads_inside_the_guard_is_refused() -> None:
         node("Add", "v w", "next.v"),
     ]
     model, spec = model_of(nodes, ("w", "v")), spec_of(("w", "v"))
-    guard_update(model, spec)
+    guard_update(model, spec, spec.feeds)
     verdict = in_place(model, spec)
     assert "may run after" in verdict["w"]
     assert verdict["v"] == ""
@@ -165,7 +165,7 @@ def test_two_states_that_swap_are_refused() -> None:
 def test_the_guard_keeps_the_old_state_in_place(finite: bool) -> None:
     """What the verdict allows is right when it runs, both ways of the branch."""
     model, spec = model_of(SAFE), spec_of()
-    guard_update(model, spec)
+    guard_update(model, spec, spec.feeds)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     w = np.arange(SIZE, dtype=np.float32)
     x = np.full(SIZE, 0.25 if finite else np.nan, np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,9 +15,9 @@ from tests.step.test_sam import batches, small_model
 from tests.step.test_train_step import WithStatistics
 
 
-def make(model: nn.Module) -> sx.TrainStep:
+def make(model: nn.Module, **semantics: Any) -> sx.TrainStep:
     sam = sx.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
-    return sx.TrainStep(model, nn.CrossEntropyLoss(), sam)
+    return sx.TrainStep(model, nn.CrossEntropyLoss(), sam, semantics=sx.Semantics(**semantics))
 
 
 class Unsupported(nn.Module):
@@ -46,10 +47,11 @@ def test_an_unknown_operator_stops_before_anything_is_written(tmp_path: Path) ->
 
 def test_random_operators_are_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    captured = sx.capture(make(WithStatistics()), batches(1)[0])
-    with pytest.raises(sx.LoweringError, match=r"draws random numbers \(aten\.") as caught:
+
+    captured = sx.capture(make(WithStatistics(), generator="torch"), batches(1)[0])
+    with pytest.raises(sx.LoweringError, match=r"torch's own generator \(aten\.") as caught:
         sx.export(captured, tmp_path / "step", target="onnx")
-    assert "torch-compile" in str(caught.value)
+    assert 'generator="philox"' in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

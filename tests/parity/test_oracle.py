@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_export.parity import oracle as oracle_module
+from sam_export.parity import oracle_random
 from sam_export.parity.oracle import Oracle
 
 
@@ -267,8 +269,9 @@ def test_double_is_close_and_closer_to_the_truth() -> None:
     assert np.any(s["first.weight"] != before["first.weight"])
 
 
-def test_it_imports_nothing_of_this_package() -> None:
-    tree = ast.parse(inspect.getsource(oracle_module))
+@pytest.mark.parametrize("module", [oracle_module, oracle_random])
+def test_it_imports_nothing_of_this_package(module: ModuleType) -> None:
+    tree = ast.parse(inspect.getsource(module))
     imported = [
         name
         for node in ast.walk(tree)
@@ -281,4 +284,5 @@ def test_it_imports_nothing_of_this_package() -> None:
         )
     ]
     assert "torch" in imported
-    assert not [name for name in imported if name.startswith(("sam_export", "."))]
+    own = [name for name in imported if name.startswith(("sam_export", "."))]
+    assert own == ["sam_export.parity.oracle_random"] * (module is oracle_module)

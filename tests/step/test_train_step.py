@@ -307,3 +307,40 @@ def test_torch_compile_of_the_step_points_to_capture() -> None:
     x, y = batches(1)[0]
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"sam_export\.capture"):
         torch.compile(step, fullgraph=True, backend="eager")(x, y)
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean of its input, written into its buffer or assigned anew."""
+
+    def __init__(self, assign: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.register_buffer("ema", torch.zeros(5))
+        self.assign = assign
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = 0.9 * self.ema + 0.1 * x.mean(0).detach()
+        if self.assign:
+            self.ema = new
+        else:
+            self.ema.copy_(new)
+        return self.layer(x - new)
+
+
+def test_a_buffer_that_is_assigned_anew_is_refused() -> None:
+    """Its new value would be lost; written in place it is kept."""
+    for assign in (False, True):
+        model = Averaging(assign)
+        step = sx.TrainStep(
+            model, nn.CrossEntropyLoss(), sx.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        )
+        batch = batches(1)[0]
+        if assign:
+            for run in (step, lambda *batch, step=step: sx.capture(step, batch)):
+                with pytest.raises(sx.StepConfigError, match=r"'ema' anew.*self\.ema\.copy_"):
+                    run(*batch)
+            assert not model.ema.any()
+        else:
+            step(*batch)
+            torch.testing.assert_close(model.ema, 0.1 * batch[0].mean(0))
+            assert "ema" in sx.capture(step, batch).contract.program("step").feeds.values()

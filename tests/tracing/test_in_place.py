@@ -29,7 +29,7 @@ def step(w: Tensor, previous: Tensor, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("guarded", [True, False])
 def test_old_values_are_read_before_they_are_overwritten(guarded: bool) -> None:
     state = [torch.zeros(2), torch.full((2,), 7.0)]
-    run = in_place(step, SPEC, guarded, set())
+    run = in_place(step, SPEC, list(SPEC.feeds) if guarded else [], set())
     for count in (1, 2, 3):
         run(state, [], [torch.tensor(1.0)])
         assert state[0].tolist() == [count, count]
