@@ -22,9 +22,10 @@ class DigitsCNN(nn.Module):
     Args:
         channels: Channels ``c`` of the first convolution; the others have twice as many.
         num_classes: Number of logits.
+        dropout: Of the values that go into the linear layer; 0 leaves the layer out.
     """
 
-    def __init__(self, channels: int = 16, num_classes: int = 10) -> None:
+    def __init__(self, channels: int = 16, num_classes: int = 10, dropout: float = 0.0) -> None:
         super().__init__()
         wide = 2 * channels
         self.conv1 = nn.Conv2d(1, channels, 3, padding=1, bias=False)
@@ -34,6 +35,7 @@ class DigitsCNN(nn.Module):
         self.conv3 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(wide)
         self.pool = nn.MaxPool2d(2)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
         self.fc = nn.Linear(wide * 2 * 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +43,10 @@ class DigitsCNN(nn.Module):
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.bn3(self.conv3(x)).relu()
-        logits: Tensor = self.fc(self.pool(x).flatten(1))
+        x = self.pool(x).flatten(1)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        logits: Tensor = self.fc(x)
         return logits
 
 
@@ -53,18 +58,20 @@ def recipe(
     rho: float = 0.05,
     lr: float | None = None,
     channels: int = 16,
+    dropout: float = 0.0,
     num_batches: int = 8,
 ) -> tuple[sx.TrainStep, list[tuple[Tensor, Tensor]]]:
     """The SAM step of a `DigitsCNN` on real handwritten digits.
 
     Args:
-        seed: Of the initial weights and of the order of the data.
+        seed: Of the initial weights, of the order of the data and of the random numbers.
         batch_size: Examples in a batch.
         dtype: ``float32`` or ``float64``, of weights and images.
         optimizer: A key of `models.optimizers.BASE_OPTIMIZERS`.
         rho: Radius of the perturbation.
         lr: Learning rate; None takes the default of the base optimizer.
         channels: Channels of the first convolution.
+        dropout: Before the linear layer.
         num_batches: How many batches to return at most.
 
     Returns:
@@ -74,8 +81,8 @@ def recipe(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DigitsCNN(channels).to(getattr(torch, dtype))
-    step = cross_entropy_step(model, optimizer, rho, lr)
+        model = DigitsCNN(channels, dropout=dropout).to(getattr(torch, dtype))
+        step = cross_entropy_step(model, optimizer, rho, lr)
     digits = load_digits(seed, dtype)
     batches = [
         (torch.from_numpy(x), torch.from_numpy(y))

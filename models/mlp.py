@@ -16,22 +16,28 @@ if TYPE_CHECKING:
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them; the last one returns the logits.
+    """Linear layers with ReLU (and dropout) between them; the last one returns the logits.
 
     Args:
         in_features: Number of values of one example, all its dimensions together.
         hidden: Width of each hidden layer.
         num_classes: Number of logits.
+        dropout: After each hidden layer; 0 leaves the layers out.
     """
 
     def __init__(
-        self, in_features: int = 64, hidden: Sequence[int] = (512, 512), num_classes: int = 10
+        self,
+        in_features: int = 64,
+        hidden: Sequence[int] = (512, 512),
+        num_classes: int = 10,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         widths = (in_features, *hidden)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout > 0 else []
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,18 +54,20 @@ def recipe(
     rho: float = 0.05,
     lr: float | None = None,
     hidden: Sequence[int] = (512, 512),
+    dropout: float = 0.0,
     num_batches: int = 8,
 ) -> tuple[sx.TrainStep, list[tuple[Tensor, Tensor]]]:
     """The SAM step of an `MLP` on real handwritten digits, as flat vectors.
 
     Args:
-        seed: Of the initial weights and of the order of the data.
+        seed: Of the initial weights, of the order of the data and of the random numbers.
         batch_size: Examples in a batch.
         dtype: ``float32`` or ``float64``, of weights and images.
         optimizer: A key of `models.optimizers.BASE_OPTIMIZERS`.
         rho: Radius of the perturbation.
         lr: Learning rate; None takes the default of the base optimizer.
         hidden: Width of each hidden layer.
+        dropout: After each hidden layer.
         num_batches: How many batches to return at most.
 
     Returns:
@@ -69,8 +77,8 @@ def recipe(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MLP(hidden=hidden).to(getattr(torch, dtype))
-    step = cross_entropy_step(model, optimizer, rho, lr)
+        model = MLP(hidden=hidden, dropout=dropout).to(getattr(torch, dtype))
+        step = cross_entropy_step(model, optimizer, rho, lr)
     digits = load_digits(seed, dtype)
     flat = digits.train_x.reshape(len(digits.train_x), -1)
     batches = [

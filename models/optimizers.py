@@ -36,6 +36,24 @@ def cross_entropy_step(
     Raises:
         ValueError: No base optimizer of that name.
     """
+    return sam_step(model, nn.CrossEntropyLoss(), optimizer, rho, lr)
+
+
+def sam_step(
+    model: nn.Module, loss_fn: Any, optimizer: str, rho: float, lr: float | None
+) -> sx.TrainStep:
+    """The SAM step of ``model`` under any loss, all parameters in one group.
+
+    Args:
+        model: The model to train.
+        loss_fn: ``loss_fn(output, target)``.
+        optimizer: A key of `BASE_OPTIMIZERS`.
+        rho: Radius of the perturbation.
+        lr: Learning rate; None takes the default of that optimizer.
+
+    Raises:
+        ValueError: No base optimizer of that name.
+    """
     if optimizer not in BASE_OPTIMIZERS:
         raise ValueError(
             f"optimizer={optimizer!r}: expected one of {', '.join(sorted(BASE_OPTIMIZERS))}."
@@ -43,4 +61,4 @@ def cross_entropy_step(
     base_cls, defaults = BASE_OPTIMIZERS[optimizer]
     kwargs = defaults if lr is None else {**defaults, "lr": lr}
     sam = sx.SAM(model.parameters(), base_cls, rho=rho, **kwargs)
-    return sx.TrainStep(model, nn.CrossEntropyLoss(), sam)
+    return sx.TrainStep(model, loss_fn, sam)

@@ -123,7 +123,7 @@ def recipe(
     """The SAM step of a `WideResNet` on seeded random images (CIFAR would need a download).
 
     Args:
-        seed: Of the initial weights and of the images.
+        seed: Of the initial weights, of the images and of the random numbers.
         batch_size: Examples in a batch.
         dtype: ``float32`` or ``float64``, of weights and images.
         optimizer: A key of `models.optimizers.BASE_OPTIMIZERS` (the paper's is Nesterov's).
@@ -153,5 +153,5 @@ def recipe(
             )
             for _ in range(num_batches)
         ]
-    step = cross_entropy_step(model, optimizer, rho, lr)
+        step = cross_entropy_step(model, optimizer, rho, lr)
     return step, batches

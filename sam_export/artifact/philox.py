@@ -42,9 +42,10 @@ def round_keys(seed: int) -> list[tuple[int, int]]:
 def random_words(seed: int, step: int, stream: int, count: int) -> NDArray[np.int32]:
     """``count`` words of 32 random bits.
 
-    With ``n = ceil(count / 4)`` blocks, block ``j`` is the generator's output on the counter
+    With ``n = ceil(count / 4) + 1`` blocks, block ``j`` is the generator's output on the counter
     ``(j, stream, step mod 2^32, step div 2^32)`` and the key ``(seed mod 2^32, seed div 2^32)``;
-    its word ``l`` is element ``l * n + j``.
+    its word ``l`` is element ``l * n + j``. (One block more than needed: `torch.export` fixes a
+    size that is 1 in its example.)
 
     Args:
         seed: Any 64 bits, signed or not.
@@ -55,7 +56,7 @@ def random_words(seed: int, step: int, stream: int, count: int) -> NDArray[np.in
     Returns:
         int32[count]: the words, their bits read as signed numbers.
     """
-    blocks = -(-count // 4)
+    blocks = blocks_for(count)
     out = np.empty((4, blocks), np.uint32)
     for start in range(0, blocks, _CHUNK):
         stop = min(start + _CHUNK, blocks)
@@ -68,6 +69,11 @@ def random_words(seed: int, step: int, stream: int, count: int) -> NDArray[np.in
         for word, values in zip(out, philox(counter, seed), strict=True):
             word[start:stop] = values
     return out.reshape(-1)[:count].view(np.int32)
+
+
+def blocks_for(count: int) -> int:
+    """Blocks of four words for ``count`` words, at least 1."""
+    return (count + 7) // 4
 
 
 def philox(counter: tuple[NDArray[np.uint64], ...], seed: int) -> tuple[NDArray[np.uint64], ...]:

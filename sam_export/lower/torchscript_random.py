@@ -19,7 +19,7 @@ def {METHOD}(self, seed: Tensor, step: Tensor, size: List[int], stream: int) -> 
     count = 1
     for extent in size:
         count *= extent
-    blocks = (count + 3) // 4
+    blocks = (count + 7) // 4
     key, number = int(seed), int(step)
     device = seed.device
     words = torch.empty([4, blocks], dtype=torch.int32, device=device)

@@ -4,7 +4,7 @@ It imports nothing of this package, on purpose; what a step draws is agreed on i
 
 * key: the 64 bits of the seed, low word first; counter: (block, stream, step low, step high);
 * draw ``d`` of a pass has the streams ``2 d`` and ``2 d + 1``; of ``n`` numbers, number ``i`` is
-  word ``i // ceil(n / 4)`` of block ``i % ceil(n / 4)``, with its first bit flipped.
+  word ``i // b`` of block ``i % b``, ``b = ceil(n / 4) + 1``, with its first bit flipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def words(seed: int, step: int, stream: int, count: int) -> NDArray[np.uint64]:
     Source: J. K. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011,
         https://doi.org/10.1145/2063384.2063405
     """
-    blocks = math.ceil(count / 4)
+    blocks = math.ceil(count / 4) + 1
     low32 = np.uint64(2**32 - 1)
     x = np.empty((4, blocks), np.uint64)
     x[0] = np.arange(blocks)

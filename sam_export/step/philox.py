@@ -44,7 +44,7 @@ def composite(seed: Tensor, step: Tensor, size: Sequence[int], stream: int) -> T
     count = 1
     for extent in size:
         count = count * extent
-    blocks = (count + 3) // 4
+    blocks = philox.blocks_for(count)
     c0 = torch.arange(blocks, dtype=torch.int64, device=seed.device)
     c1: Tensor | int = stream
     c2, c3 = step & mask, (step >> 32) & mask
@@ -56,8 +56,10 @@ def composite(seed: Tensor, step: Tensor, size: Sequence[int], stream: int) -> T
             k0, k1 = (k0 + w0) & mask, (k1 + w1) & mask
         p0, p1 = c0 * m0, c2 * m1
         c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & mask, p1, ((p0 >> 32) ^ c3 ^ k1) & mask, p0
-    words = [word.to(torch.int32).expand(blocks) for word in (c0, c1 & mask, c2, c3 & mask)]  # type: ignore[union-attr]
-    return torch.cat(words)[:count].reshape(size)
+    words = [word.to(torch.int32) for word in (c0, c1 & mask, c2, c3 & mask)]  # type: ignore[union-attr]
+    # By index: to cut the end off, torch.export would want proof that it is there.
+    kept = torch.arange(count, device=seed.device)
+    return torch.cat(words).index_select(0, kept).reshape(size)
 
 
 def _on_cpu(seed: Tensor, step: Tensor, size: Sequence[int], stream: int) -> Tensor:

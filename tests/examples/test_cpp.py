@@ -58,9 +58,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Artifacts of both targets, and the digits."""
+    """Artifacts of both targets, with dropout in the model, and the digits."""
     folder = tmp_path_factory.mktemp("digits")
-    step, batches = digits_cnn.recipe(batch_size=BATCH_SIZE)
+    step, batches = digits_cnn.recipe(batch_size=BATCH_SIZE, dropout=0.2)
     captured = sx.capture(step, batches[0])
     for target in ("torchscript", "aot-inductor"):
         sx.export(captured, folder / target, target=target)
@@ -116,6 +116,7 @@ def trained_in_python(artifact: Path) -> tuple[dict[str, NDArray[Any]], list[flo
             losses.append(float(session.step(x, y, lr=lr).loss))
         means.append(sum(losses) / len(losses))
     torch.set_num_threads(threads)
+    assert session.state["counter.step"] == EPOCHS * steps  # it draws, and counts
     return session.state, means
 
 

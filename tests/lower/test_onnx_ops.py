@@ -342,6 +342,51 @@ def test_mv_and_addmv_are_right() -> None:
     )
 
 
+def test_the_error_function_is_exact_in_every_region() -> None:
+    x = torch.cat([torch.linspace(-7, 7, 4001), torch.tensor([0.0, 0.46875, 4.0, 6.0, 1e-300])])
+    x = torch.cat([x.double(), torch.tensor([float("inf"), -float("inf"), float("nan")])])
+    ((found,),) = run_onnx([(aten.erf, [x])])
+    torch.testing.assert_close(found, torch.erf(x), rtol=4e-16, atol=0, equal_nan=True)
+
+
+@every_dtype
+def test_gelu_and_its_gradient(dtype: torch.dtype) -> None:
+    x, grad = (randn(50, seed=seed).to(dtype) * 3 for seed in (0, 1))
+    cases: dict[str, Case] = {}
+    for approximate in ("none", "tanh"):
+        cases[approximate] = lambda x, a=approximate: aten.gelu(x, approximate=a), [x]
+        cases[f"gradient, {approximate}"] = (
+            lambda g, x, a=approximate: aten.gelu_backward(g, x, approximate=a),
+            [grad, x],
+        )
+    check(**cases)
+
+
+@every_dtype
+def test_layer_norm(dtype: torch.dtype) -> None:
+    """All three outputs; with weight and bias, with one of them, with none."""
+    cases: dict[str, Case] = {}
+    for shape, count in (((6, 5), 1), ((3, 4, 5), 2), ((3, 4, 5), 1)):
+        x = (randn(*shape) * 3 + 1).to(dtype)
+        w, b = (randn(*shape[-count:], seed=seed).to(dtype) for seed in (1, 2))
+        own = list(shape[-count:])
+        for name, given in (("both", (w, b)), ("weight", (w, None)), ("none", (None, None))):
+
+            def function(
+                x: Tensor,
+                *affine: Tensor,
+                own: list[int] = own,
+                given: tuple[Tensor | None, ...] = given,
+            ) -> Any:
+                rest = iter(affine)
+                w, b = (None if value is None else next(rest) for value in given)
+                return aten.native_layer_norm(x, own, w, b, 1e-3)
+
+            key = f"{name}, shape {shape}, last {count}"
+            cases[key] = function, [x, *(value for value in given if value is not None)]
+    check(**cases)
+
+
 def test_every_form_has_a_test_here() -> None:
     source = Path(__file__).read_text()
     untested = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import digits_cnn, mlp, wide_resnet
+from models import digits_cnn, gpt, mlp, vit, wide_resnet
 from models.digits import iterate, load_digits
 
 SMALL_WRN: dict[str, Any] = {"depth": 10, "width": 1, "image_size": 8, "batch_size": 4}
@@ -17,6 +17,8 @@ RECIPES = [
     pytest.param(mlp.recipe, {}, (32, 64), id="mlp"),
     pytest.param(digits_cnn.recipe, {}, (32, 1, 8, 8), id="digits_cnn"),
     pytest.param(wide_resnet.recipe, SMALL_WRN, (4, 3, 8, 8), id="wide_resnet"),
+    pytest.param(vit.recipe, {}, (32, 1, 8, 8), id="vit"),
+    pytest.param(gpt.recipe, {"width": 16, "depth": 1}, (12, 64), id="gpt"),
 ]
 
 

@@ -1,6 +1,14 @@
 """ONNX forms of ATen operators: importing this package fills `table.FORMS`."""
 
-from sam_export.lower.onnx_ops import activation, arithmetic, batch_norm, convolution, pooling
+from sam_export.lower.onnx_ops import (
+    activation,
+    arithmetic,
+    batch_norm,
+    convolution,
+    error_function,
+    layer_norm,
+    pooling,
+)
 from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS
 
 __all__ = [
@@ -10,5 +18,7 @@ __all__ = [
     "arithmetic",
     "batch_norm",
     "convolution",
+    "error_function",
+    "layer_norm",
     "pooling",
 ]

@@ -29,6 +29,9 @@ DECOMPOSED: list[Any] = [
     torch.ops.aten._softmax_backward_data.default,
     torch.ops.aten.native_layer_norm_backward.default,
     torch.ops.aten.native_group_norm_backward.default,
+    # Into the error function, which has a form in float64.
+    torch.ops.aten.gelu.default,
+    torch.ops.aten.gelu_backward.default,
     torch.ops.aten.mv.default,
     torch.ops.aten.addmv.default,
     # Into products and sums with Python numbers, which `arithmetic` writes at full precision.
