@@ -21,6 +21,21 @@ def host_array(value: Any) -> NDArray[Any]:
     return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
+def parts_of(model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
+    """Model, optimizer and, where ``model`` is a `TrainStep`, that step; else None.
+
+    Raises:
+        SessionError: A model comes without its optimizer, or a step with one.
+    """
+    is_step = all(hasattr(model, name) for name in ("model", "optimizer", "step_count", "seed"))
+    if is_step != (optimizer is None):
+        raise SessionError(
+            "A model comes with its optimizer, and a TrainStep alone: give (model, optimizer), or "
+            "(step)."
+        )
+    return (model.model, model.optimizer, model) if is_step else (model, optimizer, None)
+
+
 class EagerState:
     """An eager model and optimizer, matched by name with a contract.
 

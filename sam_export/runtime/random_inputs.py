@@ -23,7 +23,6 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
 }
 
 _MANY = 1 << 16
@@ -110,7 +109,7 @@ def _value(size: int | str, sizes: Mapping[str, int]) -> int:
     Raises:
         ArtifactError: It is something else.
     """
-    if isinstance(size, int):
+    if type(size) is int:
         return size
 
     def value(node: ast.expr) -> int:
@@ -123,6 +122,6 @@ def _value(size: int | str, sizes: Mapping[str, int]) -> int:
         raise ArtifactError(f"The size {size!r} in the manifest cannot be computed.")
 
     try:
-        return value(ast.parse(size, mode="eval").body)
+        return value(ast.parse(str(size), mode="eval").body)
     except SyntaxError as error:
         raise ArtifactError(f"The size {size!r} in the manifest cannot be read.") from error

@@ -10,14 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
-from sam_export.artifact.contract import HYPER, METRICS, ProgramSpec, StepContract
+from sam_export.artifact.contract import (
+    HYPER,
+    METRICS,
+    SEED,
+    STEP,
+    ProgramSpec,
+    StepContract,
+)
 from sam_export.artifact.result import DeviceValue, StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.artifact.state_file import differences, first_few, shapes_of
 from sam_export.artifact.tree import unflatten
 from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
-from sam_export.runtime.eager_state import EagerState, host_array
+from sam_export.runtime.eager_state import EagerState, host_array, parts_of
 from sam_export.runtime.engine import Engine
 
 if TYPE_CHECKING:
@@ -175,21 +182,24 @@ class Session:
         self._set_hyper(checkpoint.hyper)
         self._step_count = checkpoint.step_count
 
-    def load_into(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def load_into(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
 
         Parameters keep being the same objects. Slots get the dtype that the eager optimizer gives
         them; those that it has not made yet are made. The hyper-parameters go into its groups.
 
         Args:
-            model: A model with the parameters and buffers of the contract.
-            optimizer: A `SAM` over it, or the base optimizer alone (which has no ``rho`` to set).
+            model: A model with the parameters and buffers of the contract; or a `TrainStep`, which
+                takes step number and seed, too, and goes on drawing the same random numbers.
+            optimizer: A `SAM` over it, or the base optimizer alone (which has no ``rho`` to set);
+                None for a `TrainStep`.
 
         Raises:
             SessionError: A name, shape, dtype, parameter group or slot differs.
         """
         import torch
 
+        model, optimizer, step = parts_of(model, optimizer)
         eager = EagerState(self.contract, model, optimizer)
         state = self.state
         made = {spec.name: eager.new_slot(spec, p) for spec, p, old in eager.slots if old is None}
@@ -208,21 +218,26 @@ class Session:
                     group[name].fill_(self._hyper[name][index])
                 else:
                     group[name] = self._hyper[name][index]
+        if step is not None:
+            step.step_count = int(state.get(STEP, self._step_count))
+            step.seed = int(state.get(SEED, step.seed))
 
-    def load_from(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def load_from(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Takes the whole state over from an eager model and optimizer, exactly. Needs torch.
 
         A slot that the optimizer has not made yet gets the value it had in the artifact, since
-        eager makes it on the first step. The step count stays as it is, and so does ``rho`` where
-        the optimizer has none.
+        eager makes it on the first step. From a model and an optimizer, step count and seed stay
+        as they are, and so does ``rho`` where the optimizer has none.
 
         Args:
-            model: A model with the parameters and buffers of the contract.
-            optimizer: A `SAM` over it, or the base optimizer alone.
+            model: A model with the parameters and buffers of the contract; or a `TrainStep`, from
+                which step number and seed are taken, too.
+            optimizer: A `SAM` over it, or the base optimizer alone; None for a `TrainStep`.
 
         Raises:
             SessionError: A name, shape, dtype, parameter group, slot or hyper-parameter differs.
         """
+        model, optimizer, step = parts_of(model, optimizer)
         eager = EagerState(self.contract, model, optimizer)
         hyper = {spec.name: list(self._hyper[spec.name]) for spec in self.contract.hyper}
         for name, index, group in eager.settings:
@@ -234,8 +249,13 @@ class Session:
             state[spec.name] = host_array(found).astype(spec.dtype)
         kept = [spec.name for spec in self.contract.state if spec.name not in state]
         state.update(self._engine.read(kept))
+        if step is not None:
+            numbers = {SEED: step.seed, STEP: step.step_count}
+            state.update({n: np.array(v) for n, v in numbers.items() if n in kept})
         self.set_state(state)
         self._set_hyper(values)
+        if step is not None:
+            self._step_count = step.step_count
 
     def __repr__(self) -> str:
         count = sum(spec.role == "parameter" for spec in self.contract.state)

@@ -342,6 +342,53 @@ def test_mv_and_addmv_are_right() -> None:
     )
 
 
+DIVIDENDS = [2**62 + 3, 2**24 + 1, -(2**53) - 1, 7, -7, 6, -6, 0, 1, -1]
+
+
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+def test_division_of_integers_is_exact(mode: str) -> None:
+    """The exporter's goes through float32: right to 24 bits."""
+    x = torch.tensor(DIVIDENDS)
+    cases: dict[str, Case] = {}
+    for divisor in (2, 3, -3, 2**40, -1):
+        cases[f"by {divisor}"] = (
+            lambda x, y=divisor: aten.div(x, y, rounding_mode=mode),
+            [x],
+        )
+        cases[f"by the tensor {divisor}"] = (
+            lambda x, y: aten.div(x, y, rounding_mode=mode),
+            [x, torch.full_like(x, divisor)],
+        )
+        cases[f"rest of {divisor}"] = lambda x, y=divisor: aten.remainder(x, y), [x]
+    found = run_onnx(list(cases.values()))
+    for (name, (function, inputs)), (result,) in zip(cases.items(), found, strict=True):
+        assert torch.equal(result, function(*inputs)), name
+
+
+@every_dtype
+def test_division_of_floats_rounds_as_aten_does(dtype: torch.dtype) -> None:
+    """0.6 / 0.2 is a little less than 3, and 1 / 0 has no rest."""
+    x = torch.tensor([0.6, -0.6, 1.0, 7.5, -7.5, 0.0, 1e-3, 3.0]).to(dtype)
+    y = torch.tensor([0.2, 0.2, 0.1, -2.0, -2.0, 3.0, 1e3, 1.0]).to(dtype)
+    for mode in ("floor", "trunc"):
+        ((found,),) = run_onnx([(lambda x, y, m=mode: aten.div(x, y, rounding_mode=m), [x, y])])
+        assert torch.equal(found, aten.div(x, y, rounding_mode=mode)), mode
+
+
+@every_dtype
+def test_sort_is_stable(dtype: torch.dtype) -> None:
+    x = torch.tensor([[3, 1, 2, 1, 3], [0, 0, -1, 5, 0], [2, 2, 2, 2, 2]]).to(dtype)
+    cases: dict[str, Case] = {}
+    for dim in (0, 1, -1):
+        for descending in (False, True):
+            cases[f"dim {dim}, descending {descending}"] = (
+                lambda x, d=dim, down=descending: aten.sort(x, stable=True, dim=d, descending=down),
+                [x],
+            )
+    cases["int64"] = lambda x: aten.sort(x, stable=True), [x.long() * 2**40]
+    check(**cases)
+
+
 def test_the_error_function_is_exact_in_every_region() -> None:
     x = torch.cat([torch.linspace(-7, 7, 4001), torch.tensor([0.0, 0.46875, 4.0, 6.0, 1e-300])])
     x = torch.cat([x.double(), torch.tensor([float("inf"), -float("inf"), float("nan")])])

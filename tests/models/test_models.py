@@ -79,7 +79,9 @@ def test_recipe_gives_a_step_and_eight_batches_of_the_documented_shape(
     assert len(batches) == 8
     assert {tuple(x.shape) for x, _ in batches} == {shape}
     assert {y.dtype for _, y in batches} == {torch.int64}
-    assert step.model(batches[0][0]).shape == (shape[0], 10)
+    logits = step.model(batches[0][0])
+    assert logits.shape[:-1] == batches[0][1].shape
+    assert logits.shape[-1] > int(max(y.max() for _, y in batches))
     assert step.optimizer.param_groups[0]["rho"] == 0.05
 
 
@@ -150,3 +152,31 @@ def test_iterate_ends_with_the_smaller_batch() -> None:
     x, y = np.arange(10.0), np.arange(10)
     assert [len(part) for part, _ in iterate(x, y, 4)] == [4, 4, 2]
     assert np.array_equal(np.concatenate([part for part, _ in iterate(x, y, 4)]), x)
+
+
+def test_the_loss_of_a_new_gpt_is_that_of_guessing() -> None:
+    step, batches = gpt.recipe(width=32, depth=1, num_batches=1)
+    vocabulary = step.model.tokens.num_embeddings
+    loss = float(gpt.next_token_loss(step.model(batches[0][0]), batches[0][1]).detach())
+    assert loss == pytest.approx(np.log(vocabulary), rel=0.05)
+
+
+def test_a_gpt_looks_back_only() -> None:
+    step, batches = gpt.recipe(width=32, depth=2, num_batches=1)
+    model, x = step.model.eval(), batches[0][0][:1]
+    other = x.clone()
+    other[0, 40:] = 0
+    with torch.no_grad():
+        assert torch.allclose(model(x)[0, :40], model(other)[0, :40], atol=1e-5)
+        assert not torch.allclose(model(x)[0, 40:], model(other)[0, 40:], atol=1e-2)
+
+
+def test_a_vit_takes_each_pixel_once() -> None:
+    model = vit.ViT(dropout=0.0, drop_path=0.0)
+    images = torch.arange(64.0).reshape(1, 1, 8, 8)
+    seen = []
+    model.embed.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    assert model(images).shape == (1, 10)
+    assert seen[0].shape == (1, 16, 4)
+    assert seen[0][0, 1].tolist() == [2, 3, 10, 11]
+    assert sorted(seen[0].flatten().tolist()) == list(range(64))

@@ -34,6 +34,13 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
+def test_the_square_root_is_right() -> None:
+    x = torch.cat([torch.rand(50_000, dtype=torch.float64) * 46, 2.0 ** -torch.arange(40).double()])
+    x = torch.cat([x, torch.tensor([46.4, 63.9, 1 - 2**-53, 0.25], dtype=torch.float64)])
+    error = (distributions._sqrt(x) / torch.sqrt(x) - 1).abs()
+    assert float(error.max()) < 3e-16
+
+
 def test_the_logarithm_and_the_cosine_are_right() -> None:
     x = torch.cat([torch.rand(50_000, dtype=torch.float64), 2.0 ** -torch.arange(34).double()])
     x = x.clamp_min(2.0**-34)

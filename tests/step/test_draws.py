@@ -19,6 +19,8 @@ from tests.step.test_sam import batches
 
 X = torch.linspace(-2, 2, 35, dtype=torch.float64).reshape(5, 7)
 P = torch.sigmoid(X)
+LSTM = nn.LSTM(7, 4, num_layers=2, dropout=0.5, batch_first=True).double()
+ENCODER = nn.TransformerEncoderLayer(7, 1, 9, dropout=0.4, batch_first=True).double()
 
 OPERATORS: dict[str, Callable[[], Tensor]] = {
     "dropout": lambda: nn.functional.dropout(X, 0.3),
@@ -68,6 +70,8 @@ OPERATORS: dict[str, Callable[[], Tensor]] = {
     "rrelu_": lambda: nn.functional.rrelu(X.clone(), 0.1, 0.2, training=True, inplace=True),
     "rrelu in evaluation": lambda: nn.functional.rrelu(X),
     "gumbel_softmax": lambda: nn.functional.gumbel_softmax(X),
+    "lstm": lambda: LSTM(X[None])[0].detach(),
+    "encoder layer": lambda: ENCODER(X[None]).detach(),
     "attention": lambda: nn.functional.scaled_dot_product_attention(X, X, X, dropout_p=0.4),
 }
 

@@ -5,9 +5,11 @@ from sam_export.lower.onnx_ops import (
     arithmetic,
     batch_norm,
     convolution,
+    division,
     error_function,
     layer_norm,
     pooling,
+    sorting,
 )
 from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS
 
@@ -18,7 +20,9 @@ __all__ = [
     "arithmetic",
     "batch_norm",
     "convolution",
+    "division",
     "error_function",
     "layer_norm",
     "pooling",
+    "sorting",
 ]

@@ -21,7 +21,7 @@ from sam_export.lower.onnx_ops.table import lowering, numpy_dtype, scalar
 Operand: TypeAlias = ir.Value | int | float
 
 
-def _pair(x: Operand, y: Operand) -> tuple[Any, Any]:
+def pair(x: Operand, y: Operand) -> tuple[Any, Any]:
     """Both operands as values of one dtype."""
     if not isinstance(y, ir.Value):
         assert isinstance(x, ir.Value)
@@ -63,7 +63,7 @@ def add(x: Operand, y: Operand, alpha: float = 1) -> Any:
     """
     if _is_bool(x, y):
         return op.Or(x, y)
-    return op.Add(*_pair(x, _times(y, alpha)))
+    return op.Add(*pair(x, _times(y, alpha)))
 
 
 @lowering("aten::sub.Tensor")
@@ -73,7 +73,7 @@ def sub(x: Operand, y: Operand, alpha: float = 1) -> Any:
 
     ``x - alpha * y``.
     """
-    return op.Sub(*_pair(x, _times(y, alpha)))
+    return op.Sub(*pair(x, _times(y, alpha)))
 
 
 @lowering("aten::rsub.Tensor")
@@ -83,7 +83,7 @@ def rsub(x: Operand, y: Operand, alpha: float = 1) -> Any:
 
     ``y - alpha * x``.
     """
-    first, second = _pair(_times(x, alpha), y)
+    first, second = pair(_times(x, alpha), y)
     return op.Sub(second, first)
 
 
@@ -94,7 +94,7 @@ def mul(x: Operand, y: Operand) -> Any:
 
     ``x * y``; of two bool tensors it is their "and".
     """
-    return op.And(x, y) if _is_bool(x, y) else op.Mul(*_pair(x, y))
+    return op.And(x, y) if _is_bool(x, y) else op.Mul(*pair(x, y))
 
 
 @lowering("aten::div.Tensor")
@@ -104,7 +104,7 @@ def div(x: Operand, y: Operand) -> Any:
 
     ``x / y``, of integers too as floats: the exporter has promoted them.
     """
-    return op.Div(*_pair(x, y))
+    return op.Div(*pair(x, y))
 
 
 @lowering("aten::pow.Tensor_Scalar")
@@ -115,7 +115,7 @@ def power(x: Operand, y: Operand) -> Any:
 
     ``x ** y``.
     """
-    return op.Pow(*_pair(x, y))
+    return op.Pow(*pair(x, y))
 
 
 @lowering("aten::lerp.Scalar")
@@ -133,7 +133,7 @@ def lerp(start: ir.Value, end: ir.Value, weight: float) -> Any:
 
 def _compare(name: str) -> Any:
     def form(x: Operand, y: Operand) -> Any:
-        return getattr(op, name)(*_pair(x, y))
+        return getattr(op, name)(*pair(x, y))
 
     return form
 
@@ -155,7 +155,7 @@ def not_equal(x: ir.Value, y: float) -> Any:
 
     ``x != y``; true where ``x`` is NaN.
     """
-    return op.Not(op.Equal(*_pair(x, y)))
+    return op.Not(op.Equal(*pair(x, y)))
 
 
 @lowering("aten::full_like")
