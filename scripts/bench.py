@@ -226,9 +226,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of each contestant")
     parser.add_argument("--rounds", type=int, default=15, help="rounds that are to count")
+    comparable = [name for name, case in CASES.items() if not case.draws]
     parser.add_argument(
-        "--models", nargs="+", choices=list(CASES), default=list(DEFAULT_CASES), metavar="MODEL",
-        help=f"of {', '.join(CASES)} (default: {', '.join(DEFAULT_CASES)})",
+        "--models", nargs="+", choices=comparable, default=list(DEFAULT_CASES), metavar="MODEL",
+        help=f"of {', '.join(comparable)} (default: {', '.join(DEFAULT_CASES)})",
     )  # fmt: skip
     parser.add_argument(
         "--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS),

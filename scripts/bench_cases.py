@@ -27,12 +27,17 @@ class Case:
         description: For people.
         recipe: Makes the SAM step and its batches, for the export.
         model: Makes the same model, with the same initial weights, and nothing else.
+        loss: Makes the loss, a function of output and target.
+        draws: Whether it draws random numbers: eager loops then draw others, so their losses are
+            not those of a session, and it is for `scripts.bench_draws` alone.
     """
 
     name: str
     description: str
     recipe: Callable[[], tuple[sx.TrainStep, list[tuple[Any, Any]]]]
     model: Callable[[], nn.Module]
+    loss: Callable[[], Any] = lambda: _cross_entropy()
+    draws: bool = False
 
 
 # Imports are deferred so that a contestant without torch can read the table of cases.
@@ -64,18 +69,50 @@ def _mlp(name: str, description: str, hidden: tuple[int, ...]) -> Case:
     return Case(name, description, recipe, model)
 
 
-def _wide_resnet(name: str) -> Case:
+def _wide_resnet(name: str, dropout: float = 0.0) -> Case:
     def recipe() -> Any:
         from models import wide_resnet
 
-        return wide_resnet.recipe(SEED, 32, optimizer=OPTIMIZER, rho=RHO, num_batches=4)
+        options = {"optimizer": OPTIMIZER, "rho": RHO, "dropout": dropout, "num_batches": 4}
+        return wide_resnet.recipe(SEED, 32, **options)
 
     def model() -> nn.Module:
         from models.wide_resnet import WideResNet
 
-        return _seeded(WideResNet)
+        return _seeded(lambda: WideResNet(dropout=dropout))
 
-    return Case(name, "WRN-16-4, 3x32x32, batch 32", recipe, model)
+    description = f"WRN-16-4{_with(dropout)}, 3x32x32, batch 32"
+    return Case(name, description, recipe, model, draws=dropout > 0)
+
+
+def _gpt(name: str, dropout: float) -> Case:
+    def recipe() -> Any:
+        from models import gpt
+
+        return gpt.recipe(SEED, 12, optimizer=OPTIMIZER, rho=RHO, dropout=dropout)
+
+    def model() -> nn.Module:
+        from models import gpt
+
+        return _seeded(lambda: gpt.GPT(gpt.characters()[1], dropout=dropout))
+
+    def loss() -> Any:
+        from models.gpt import next_token_loss
+
+        return next_token_loss
+
+    description = f"GPT, 4 layers of 128, context 64{_with(dropout)}, batch 12"
+    return Case(name, description, recipe, model, loss, draws=dropout > 0)
+
+
+def _with(dropout: float) -> str:
+    return f", dropout {dropout:g}" if dropout else ""
+
+
+def _cross_entropy() -> Any:
+    import torch
+
+    return torch.nn.CrossEntropyLoss()
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -92,6 +129,9 @@ CASES = {
         _digits_cnn("digits_cnn", 64),
         _digits_cnn("digits_cnn_32", 32),
         _wide_resnet("wide_resnet"),
+        _wide_resnet("wide_resnet_dropout", 0.3),
+        _gpt("gpt", 0.0),
+        _gpt("gpt_dropout", 0.1),
         _mlp(
             "mlp_2048",
             "MLP 64-2048x8-10, batch 64: weights outweigh all else, so peak memory shows copies",

@@ -85,7 +85,7 @@ def _model_and_optimizer(case: Case) -> tuple[Any, Any]:
     return model, base_cls(model.parameters(), **kwargs)
 
 
-def sam_loop(model: Any, forward: Any, optimizer: Any, rho: float) -> StepFunction:
+def sam_loop(model: Any, forward: Any, optimizer: Any, rho: float, criterion: Any) -> StepFunction:
     """The two-pass SAM loop in plain PyTorch, with in-place operations throughout.
 
     Args:
@@ -93,10 +93,10 @@ def sam_loop(model: Any, forward: Any, optimizer: Any, rho: float) -> StepFuncti
         forward: What is called on a batch: the model, or its compiled form.
         optimizer: A stock optimizer over the model's parameters.
         rho: Radius of the perturbation.
+        criterion: Loss of output and target.
     """
     import torch
 
-    criterion = torch.nn.CrossEntropyLoss()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
 
@@ -122,11 +122,8 @@ def sam_loop(model: Any, forward: Any, optimizer: Any, rho: float) -> StepFuncti
     return step
 
 
-def base_loop(model: Any, optimizer: Any) -> StepFunction:
+def base_loop(model: Any, optimizer: Any, criterion: Any) -> StepFunction:
     """One ordinary training step in plain PyTorch."""
-    import torch
-
-    criterion = torch.nn.CrossEntropyLoss()
     model.train()
 
     def step(x: Any, y: Any) -> Any:
@@ -142,12 +139,12 @@ def base_loop(model: Any, optimizer: Any) -> StepFunction:
 def _eager_sam(case: Case, artifact: Path | None, threads: int) -> StepFunction:
     del artifact, threads
     model, optimizer = _model_and_optimizer(case)
-    return sam_loop(model, model, optimizer, RHO)
+    return sam_loop(model, model, optimizer, RHO, case.loss())
 
 
 def _eager_base(case: Case, artifact: Path | None, threads: int) -> StepFunction:
     del artifact, threads
-    return base_loop(*_model_and_optimizer(case))
+    return base_loop(*_model_and_optimizer(case), case.loss())
 
 
 def _compiled_model(case: Case, artifact: Path | None, threads: int) -> StepFunction:
@@ -155,7 +152,7 @@ def _compiled_model(case: Case, artifact: Path | None, threads: int) -> StepFunc
     import torch
 
     model, optimizer = _model_and_optimizer(case)
-    return sam_loop(model, torch.compile(model), optimizer, RHO)
+    return sam_loop(model, torch.compile(model), optimizer, RHO, case.loss())
 
 
 def _session(case: Case, artifact: Path | None, threads: int) -> StepFunction:

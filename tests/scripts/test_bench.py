@@ -12,6 +12,7 @@ import torch
 from scripts.bench import Child, ChildFailed, check_same_work, write_batches
 from scripts.bench_cases import CASES, DEFAULT_CASES
 from scripts.bench_contestants import CONTESTANTS, REFERENCE, base_loop, sam_loop
+from scripts.bench_draws import PAIRS
 from scripts.bench_records import (
     Record,
     Round,
@@ -150,7 +151,7 @@ def test_sam_loop_is_sam() -> None:
     norm = torch.sqrt(sum((part**2).sum() for part in g))  # type: ignore[arg-type]
     g_adv = gradients([w + rho * part / norm for w, part in zip(before, g, strict=True)])
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    loss = sam_loop(model, model, optimizer, rho)(x, y)
+    loss = sam_loop(model, model, optimizer, rho, torch.nn.CrossEntropyLoss())(x, y)
     with torch.no_grad():
         at_start = torch.nn.functional.cross_entropy(x @ before[0].T + before[1], y)
     torch.testing.assert_close(loss, at_start, rtol=1e-12, atol=0)
@@ -170,7 +171,7 @@ def test_base_loop_is_the_base_optimizer() -> None:
             parameters, torch.autograd.grad(loss, parameters), strict=True
         )
     ]
-    base_loop(model, torch.optim.SGD(parameters, lr=0.5))(x, y)
+    base_loop(model, torch.optim.SGD(parameters, lr=0.5), torch.nn.CrossEntropyLoss())(x, y)
     for parameter, value in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=0)
 
@@ -208,3 +209,14 @@ def test_the_contestants_table_imports_neither_torch_nor_sam_export() -> None:
 
 def test_default_cases_exist() -> None:
     assert set(DEFAULT_CASES) <= set(CASES)
+
+
+def test_cases_with_dropout_are_paired_with_the_same_without() -> None:
+    assert set(PAIRS) == {name for name, case in CASES.items() if case.draws}
+    for drawing, plain in PAIRS.items():
+        assert not CASES[plain].draws
+        shapes = [
+            {name: tuple(p.shape) for name, p in CASES[case].model().named_parameters()}
+            for case in (drawing, plain)
+        ]
+        assert shapes[0] == shapes[1]
