@@ -10,6 +10,8 @@ Source: J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel Random Num
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +29,8 @@ STREAMS_PER_DRAW = 2
 EVALUATION = 1 << 31
 """Streams from here on belong to evaluation programs; below it, to the step."""
 
-_CHUNK = 8192  # blocks whose temporaries stay in the cache
+_CHUNK = 16384  # blocks whose temporaries stay in the cache
+_SWAP = np.uint64((1 << 48) | (1 << 16))  # times a word: its swapped halves, in the upper 32 bits
 
 
 def round_keys(seed: int) -> list[tuple[int, int]]:
@@ -58,6 +61,54 @@ def random_words(seed: int, step: int, stream: int, count: int) -> NDArray[np.in
     """
     blocks = blocks_for(count)
     out = np.empty((4, blocks), np.uint32)
+    for part, words in _chunks(seed, step, stream, blocks):
+        for row, values in zip(out, words, strict=True):
+            row[part] = values
+    return out.reshape(-1)[:count].view(np.int32)
+
+
+def random_mask(seed: int, step: int, stream: int, count: int, threshold: int) -> NDArray[np.bool_]:
+    """``count`` decisions, two from each word; true with probability ``threshold / 2^32 + 1/2``.
+
+    With ``n = ceil(count / 8) + 1`` blocks, decision ``l * n + j`` for ``l < 4`` is
+    ``word < threshold`` for word ``l`` of block ``j``, its bits read as a signed number, and for
+    ``l >= 4`` the same of word ``l - 4`` with its halves of 16 bits swapped. A decision is a
+    function of all 32 bits, so its probability is exact. The two of one word meet only where a half
+    equals the threshold's: their correlation is below 2^-14 for probabilities from 2^-16 on.
+
+    Args:
+        seed: Any 64 bits, signed or not.
+        step: Number of the step; 64 bits, signed or not.
+        stream: 0 to 2^32 - 1.
+        count: How many, at least 0 and at most 2^35.
+        threshold: -2^31 (never true) to 2^31 - 1.
+
+    Returns:
+        bool[count].
+    """
+    blocks = blocks_for(count, per_block=8)
+    out = np.empty((8, blocks), np.bool_)
+    bound = np.int64(threshold << 32)
+    shifted = np.empty(min(blocks, _CHUNK), np.uint64)
+    for part, words in _chunks(seed, step, stream, blocks):
+        for lane, word in enumerate(words):
+            # The word, then the word with its halves swapped, in the upper 32 bits of 64.
+            upper = np.left_shift(word, np.uint64(32), out=shifted[: len(word)])
+            np.less(upper.view(np.int64), bound, out=out[lane, part])
+            np.multiply(word, _SWAP, out=upper)
+            np.less(upper.view(np.int64), bound, out=out[lane + 4, part])
+    return out.reshape(-1)[:count]
+
+
+def blocks_for(count: int, per_block: int = 4) -> int:
+    """Blocks for ``count`` numbers, of which a block holds ``per_block``; one more than needed."""
+    return (count + 2 * per_block - 1) // per_block
+
+
+def _chunks(
+    seed: int, step: int, stream: int, blocks: int
+) -> Iterator[tuple[slice, tuple[NDArray[np.uint64], ...]]]:
+    """The four words of all blocks, so many at a time that they stay in the cache."""
     for start in range(0, blocks, _CHUNK):
         stop = min(start + _CHUNK, blocks)
         counter = (
@@ -66,14 +117,7 @@ def random_words(seed: int, step: int, stream: int, count: int) -> NDArray[np.in
             np.full(stop - start, step & MASK, np.uint64),
             np.full(stop - start, (step >> 32) & MASK, np.uint64),
         )
-        for word, values in zip(out, philox(counter, seed), strict=True):
-            word[start:stop] = values
-    return out.reshape(-1)[:count].view(np.int32)
-
-
-def blocks_for(count: int) -> int:
-    """Blocks of four words for ``count`` words, at least 1."""
-    return (count + 7) // 4
+        yield slice(start, stop), philox(counter, seed)
 
 
 def philox(counter: tuple[NDArray[np.uint64], ...], seed: int) -> tuple[NDArray[np.uint64], ...]:

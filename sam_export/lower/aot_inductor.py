@@ -13,7 +13,7 @@ from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.artifact.machine import this_machine
 from sam_export.errors import LoweringError
-from sam_export.lower.random_words import in_aten, random_details
+from sam_export.lower.draws import in_aten, random_details
 from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.in_place import in_place, scalar_positions
@@ -49,7 +49,7 @@ def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
     details = {
         "machine": machine,
         "fingerprint": fingerprint(captured.contract),  # for checkpoints of other programs
-        **random_details(captured, words="graph"),
+        **random_details(captured, made_by="graph"),
         "portable": captured.portable,
     }
     return lowered(captured, TARGET, files, details)

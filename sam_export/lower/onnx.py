@@ -10,11 +10,11 @@ import onnx_ir as ir
 from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
+from sam_export.lower.draws import random_details
 from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
 from sam_export.lower.onnx_guard import guard_update
 from sam_export.lower.onnx_in_place import in_place
-from sam_export.lower.onnx_random import word_inputs
-from sam_export.lower.random_words import random_details
+from sam_export.lower.onnx_random import random_inputs
 from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 
@@ -44,12 +44,12 @@ def lower(captured: CapturedStep) -> Lowered:
         )
     files: dict[str, LoweredFile] = {}
     details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION}
-    words: dict[str, Any] = {}
+    drawn: dict[str, Any] = {}
     for spec in captured.contract.programs:
         _refuse_derived_sizes(captured, spec)
         program = captured.programs[spec.name]
         model = onnx_model(program, spec, captured.contract)
-        words[spec.name] = word_inputs(program, spec, captured.contract)
+        drawn[spec.name] = random_inputs(program, spec, captured.contract)
         if spec.name == "step":
             discarded = discarded_if_not_finite(spec, captured.semantics)
             if discarded:
@@ -64,9 +64,9 @@ def lower(captured: CapturedStep) -> Lowered:
             ) from error
         data = proto.SerializeToString(deterministic=True)
         files[spec.name] = LoweredFile(f"{spec.name}.onnx", data)
-    details |= random_details(captured, words="session")
+    details |= random_details(captured, made_by="session")
     if "random_numbers" in details:
-        details["random_numbers"]["inputs"] = words
+        details["random_numbers"]["inputs"] = drawn
     packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
     return lowered(captured, TARGET, files, details, packages)
 

@@ -15,7 +15,7 @@ from sam_export._compat import onnx_exporter, origins, tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError, SamExportError
 from sam_export.lower.onnx_ops import DECOMPOSED, FORMS
-from sam_export.lower.onnx_random import words_as_inputs, words_as_places
+from sam_export.lower.onnx_random import draws_as_inputs, draws_as_places
 
 OPSET = 18
 """Newer opsets lack CUDA kernels in onnxruntime-training 1.19.2 and fall back to the CPU."""
@@ -29,14 +29,14 @@ def onnx_model(
 ) -> ir.Model:
     """One program as an ONNX model in standard operators.
 
-    Inputs and outputs are named and typed as the contract says, inputs of random words follow
-    (see `onnx_random`); nodes are named after the stage and
-    the module they come from (``ascent/conv1/Conv``).
+    Inputs and outputs are named and typed as the contract says, random inputs follow (see
+    `onnx_random`); nodes are named after the stage and the module they come from
+    (``ascent/conv1/Conv``).
 
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
-    program = tracing.decomposed(words_as_places(program), DECOMPOSED)
+    program = tracing.decomposed(draws_as_places(program), DECOMPOSED)
     for node in program.graph.nodes:
         # The exporter writes the module stack into each ONNX node; it carries our origin there.
         node.meta["nn_module_stack"] = {"origin": (origins.origin_of(node), "sam_export")}
@@ -46,7 +46,7 @@ def onnx_model(
     except Exception as error:
         raise _explained(error, program, spec) from error
     model.ir_version = IR_VERSION
-    drawn = words_as_inputs(model)
+    drawn = draws_as_inputs(model)
     _simplify(model)
     _own_outputs(model.graph, spec.inputs, outputs)
     _name(model)

@@ -1,4 +1,4 @@
-"""Random words in an ONNX graph: an input that the session fills.
+"""Random words and masks in an ONNX graph: inputs that the session fills.
 
 ONNX Runtime's CPU runs Philox in integer operators one whole tensor at a time, at 21 ns a word;
 NumPy, chunk by chunk in the cache, takes 6 (`docs/benchmarks`). Its CUDA training build has no
@@ -17,38 +17,52 @@ from torch import Tensor
 
 from sam_export._compat import tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract
-from sam_export.tracing.randomness import word_nodes
+from sam_export.tracing.randomness import drawn_nodes
 
 _DOMAIN = "sam_export"
-_PLACE = "RandomWords"
+_WORDS, _MASK = "RandomWords", "RandomMask"
 
 
-def words_as_places(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """``program`` with a symbolic ONNX operator in the place of every draw of words."""
-    if not word_nodes(program.graph):
+def draws_as_places(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """``program`` with a symbolic ONNX operator in the place of every draw."""
+    if not drawn_nodes(program.graph):
         return program
-    return tracing.decomposed_by(program, {torch.ops.sam_export.random_words.default: _place})
-
-
-def _place(seed: Tensor, step: Tensor, size: Sequence[int], stream: int) -> Tensor:
-    return torch.onnx.ops.symbolic(
-        f"{_DOMAIN}::{_PLACE}",
-        (),
-        attrs={"stream": stream},
-        dtype=torch.int32,
-        shape=tuple(size),
-        version=1,
+    return tracing.decomposed_by(
+        program,
+        {
+            torch.ops.sam_export.random_words.default: _place_of_words,
+            torch.ops.sam_export.random_mask.default: _place_of_mask,
+        },
     )
 
 
-def word_inputs(
+def _place_of_words(seed: Tensor, step: Tensor, size: Sequence[int], stream: int) -> Tensor:
+    return _place(_WORDS, {"stream": stream}, torch.int32, size)
+
+
+def _place_of_mask(
+    seed: Tensor, step: Tensor, size: Sequence[int], stream: int, threshold: int
+) -> Tensor:
+    return _place(_MASK, {"stream": stream, "threshold": threshold}, torch.bool, size)
+
+
+def _place(
+    name: str, attributes: dict[str, Any], dtype: torch.dtype, size: Sequence[int]
+) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{_DOMAIN}::{name}", (), attrs=attributes, dtype=dtype, shape=tuple(size), version=1
+    )
+
+
+def random_inputs(
     program: torch.export.ExportedProgram, spec: ProgramSpec, contract: StepContract
 ) -> list[dict[str, Any]]:
-    """The inputs of random words that a program has, for the manifest.
+    """The inputs of random words and masks that a program has, for the manifest.
 
     Returns:
         For each: ``input`` (its name), ``stream``, and ``size``: per dimension a number, or an
-        expression in the symbolic sizes of the contract (``64*batch``).
+        expression in the symbolic sizes of the contract (``64*batch``); of a mask ``threshold``
+        too, see `artifact.philox.random_mask`.
     """
     names: dict[Any, Any] = {}
     placeholders = program.graph.find_nodes(op="placeholder")
@@ -61,22 +75,28 @@ def word_inputs(
         return size if isinstance(size, int) else str(size.node.expr.subs(names))
 
     found = []
-    for node in word_nodes(program.graph):
-        stream = node.args[3]
-        assert isinstance(stream, int)
-        size = [written(extent) for extent in node.meta["val"].shape]
-        found.append({"input": input_name(stream), "stream": stream, "size": size})
+    for node in drawn_nodes(program.graph):
+        stream, *threshold = node.args[3:]
+        kind = _MASK if threshold else _WORDS
+        entry: dict[str, Any] = {
+            "input": _name(kind, stream),
+            "stream": stream,
+            "size": [written(extent) for extent in node.meta["val"].shape],
+        }
+        if threshold:
+            entry["threshold"] = threshold[0]
+        found.append(entry)
     return found
 
 
-def words_as_inputs(model: ir.Model) -> list[ir.Value]:
-    """Makes every draw of random words an input of the graph; returns these inputs."""
+def draws_as_inputs(model: ir.Model) -> list[ir.Value]:
+    """Makes every draw an input of the graph; returns these inputs."""
     graph = model.graph
     drawn = []
     for node in list(graph):
-        if node.domain == _DOMAIN and node.op_type == _PLACE:
+        if node.domain == _DOMAIN and node.op_type in (_WORDS, _MASK):
             (result,) = node.outputs
-            name = input_name(node.attributes["stream"].as_int())
+            name = _name(node.op_type, node.attributes["stream"].as_int())
             value = ir.Value(name=name, type=result.type, shape=result.shape)
             result.replace_all_uses_with(value, replace_graph_outputs=True)
             graph.remove(node, safe=True)
@@ -86,6 +106,6 @@ def words_as_inputs(model: ir.Model) -> list[ir.Value]:
     return drawn
 
 
-def input_name(stream: int) -> str:
-    """Name of the graph input that holds the words of a stream."""
-    return f"random_words.{stream}"
+def _name(kind: str, stream: Any) -> str:
+    """Name of the graph input that holds the words or the mask of a stream."""
+    return f"{'random_mask' if kind == _MASK else 'random_words'}.{stream}"

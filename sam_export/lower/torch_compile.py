@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sam_export._compat import inductor
 from sam_export.artifact.folder import Lowered, LoweredFile
-from sam_export.lower.random_words import in_aten, random_details
+from sam_export.lower.draws import in_aten, random_details
 from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 
@@ -17,5 +17,5 @@ def lower(captured: CapturedStep) -> Lowered:
         name: LoweredFile(f"{name}.pt2", inductor.exported_bytes(in_aten(program)))
         for name, program in captured.programs.items()
     }
-    details = {**random_details(captured, words="graph"), "portable": captured.portable}
+    details = {**random_details(captured, made_by="graph"), "portable": captured.portable}
     return lowered(captured, TARGET, files, details)

@@ -14,7 +14,7 @@ from sam_export._compat import torchscript
 from sam_export.artifact.contract import HYPER, StepContract
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
-from sam_export.lower.random_words import random_details
+from sam_export.lower.draws import random_details
 from sam_export.lower.result import lowered
 from sam_export.lower.torchscript_methods import (
     CONSTANTS,
@@ -60,7 +60,7 @@ def lower(captured: CapturedStep) -> Lowered:
     except (RuntimeError, UnicodeError) as error:
         raise LoweringError(f"TorchScript does not compile the step: {error}") from error
     files = dict.fromkeys(captured.programs, LoweredFile(FILE, torchscript.script_bytes(scripted)))
-    details = {**random_details(captured, words="graph"), "portable": captured.portable}
+    details = {**random_details(captured, made_by="graph"), "portable": captured.portable}
     return lowered(captured, TARGET, files, details)
 
 

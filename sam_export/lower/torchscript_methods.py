@@ -17,7 +17,7 @@ from sam_export.artifact.contract import (
 )
 from sam_export.artifact.semantics import Semantics
 from sam_export.lower.torchscript_in_place import Plan, plan_in_place
-from sam_export.lower.torchscript_random import METHOD, random_words_method
+from sam_export.lower.torchscript_random import METHODS, random_methods
 from sam_export.lower.torchscript_source import (
     GraphWriter,
     Names,
@@ -25,7 +25,7 @@ from sam_export.lower.torchscript_source import (
     indented,
     needed_only_by,
 )
-from sam_export.tracing.randomness import random_nodes, word_nodes
+from sam_export.tracing.randomness import drawn_nodes, random_nodes
 
 CONSTANTS = "constants"
 """Submodule that holds tensors which the graph itself carries."""
@@ -40,7 +40,7 @@ def method_names(contract: StepContract) -> list[str]:
     """Every method that `module_source` defines."""
     programs = [program.name for program in contract.programs]
     plain = [f"{name}_unchecked" for name in programs]
-    return ["forward", "set_hyper", "name_of_dtype", METHOD, *programs, *plain]
+    return ["forward", "set_hyper", "name_of_dtype", *METHODS, *programs, *plain]
 
 
 def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str, fx.Graph]) -> str:
@@ -55,8 +55,8 @@ def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str
         graphs: Program name to its functional graph.
     """
     parts = [_name_of_dtype(), _set_hyper(contract), _forward(contract)]
-    if any(map(word_nodes, graphs.values())):
-        parts.append(random_words_method())
+    if any(map(drawn_nodes, graphs.values())):
+        parts.append(random_methods())
     for spec in contract.programs:
         parts.append(_unchecked(contract, semantics, spec, graphs[spec.name]))
         parts.append(_checked(contract, semantics, spec))

@@ -16,7 +16,7 @@ from torch import fx
 from sam_export._compat import origins
 from sam_export.errors import LoweringError
 from sam_export.lower.torchscript_in_place import in_place_form
-from sam_export.lower.torchscript_random import METHOD
+from sam_export.step.philox import COMPOSITES
 
 RESERVED = {
     "self",
@@ -187,8 +187,12 @@ class GraphWriter:
         types = {argument.name: str(argument.type) for argument in schema.arguments}
         for name, value in node.kwargs.items():
             arguments.append(f"{name}={self.expression(value, types[name])}")
-        if target is torch.ops.sam_export.random_words.default:
-            return f"self.{METHOD}({', '.join(arguments)})"
+        if target is torch.ops.aten._to_copy.default and _is_bool(node.args[0]):
+            # A copy of the bytes: TorchScript has no view with a dtype, and ATen converts bool six
+            # times as slowly as uint8.
+            arguments[0] = f"torch.view_copy({arguments[0]}, dtype=torch.uint8)"
+        if target in COMPOSITES:
+            return f"self.{packet.rpartition('.')[2]}({', '.join(arguments)})"
         return f"torch.ops.{packet}({', '.join(arguments)})"
 
     def _parts(self, target: torch._ops.OpOverload, node: fx.Node) -> str:
@@ -209,6 +213,10 @@ class GraphWriter:
     def _local(self, node: fx.Node) -> str:
         self._known[node] = self._names.make(node.name)
         return self._known[node]
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.meta["val"].dtype == torch.bool
 
 
 def needed_only_by(graph: fx.Graph, kept: Iterable[fx.Node]) -> set[fx.Node]:

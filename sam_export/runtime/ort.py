@@ -159,7 +159,7 @@ class OrtEngine:
         for name, value in zip(names, held, strict=True):
             binding.bind_ortvalue_input(name, value)
         sizes = _symbols(self._artifact.contract.batch, held, names)
-        for name, value in self._words(spec.name, sizes):
+        for name, value in self._random_values(spec.name, sizes):
             held.append(value)  # alive until the graph has run
             binding.bind_ortvalue_input(name, value)
         results = {}
@@ -170,10 +170,10 @@ class OrtEngine:
         session.run_with_iobinding(binding)
         return results
 
-    def _words(self, program: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+    def _random_values(self, program: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
         if self._drawn_with is not None:
-            for name, words in self._random.words(program, *self._drawn_with, sizes).items():
-                yield name, self._on_device(words)
+            for name, value in self._random.values(program, *self._drawn_with, sizes).items():
+                yield name, self._on_device(value)
 
     def _room(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Any:
         """A new buffer for one result.
@@ -229,7 +229,7 @@ class OrtEngine:
         contract = self._artifact.contract
         spec = contract.program(program)
         words = [
-            TensorSpec(item.name, "rng", "int32", item.size) for item in self._random.of(program)
+            TensorSpec(item.name, "rng", item.dtype, item.size) for item in self._random.of(program)
         ]
         for kind, found, expected in (
             ("input", session.get_inputs(), [*contract.inputs_of(spec), *words]),

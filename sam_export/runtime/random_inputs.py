@@ -1,4 +1,4 @@
-"""Fills the inputs of random words that an ONNX program has; imports no torch."""
+"""Fills the random inputs that an ONNX program has; imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sam_export.artifact import philox
@@ -26,26 +25,46 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 }
 
 _MANY = 1 << 16
-"""Words from which on a second thread pays."""
+"""Numbers from which on a second thread pays."""
 
 
 @dataclass(frozen=True)
 class RandomInput:
-    """One input of random words.
+    """One input of random words or of a random mask.
 
     Attributes:
         name: Of the graph input.
-        stream: Of the generator; see `artifact.philox.random_words`.
+        stream: Of the generator; see `artifact.philox`.
         size: Per dimension a number, or an expression in symbolic sizes (``64*batch``).
+        threshold: Of the mask; None: words.
     """
 
     name: str
     stream: int
     size: tuple[int | str, ...]
+    threshold: int | None
+
+    @classmethod
+    def read(cls, item: Mapping[str, Any]) -> RandomInput:
+        """One entry of the manifest."""
+        threshold = int(item["threshold"]) if "threshold" in item else None
+        return cls(str(item["input"]), int(item["stream"]), tuple(item["size"]), threshold)
+
+    @property
+    def dtype(self) -> str:
+        """Of the graph input."""
+        return "int32" if self.threshold is None else "bool"
+
+    def make(self, seed: int, step: int, shape: Sequence[int]) -> NDArray[Any]:
+        """Its value in a step."""
+        count = math.prod(shape)
+        if self.threshold is None:
+            return philox.random_words(seed, step, self.stream, count).reshape(shape)
+        return philox.random_mask(seed, step, self.stream, count, self.threshold).reshape(shape)
 
 
 class RandomInputs:
-    """The inputs of random words of every program of an artifact.
+    """The random inputs of every program of an artifact.
 
     Args:
         details: ``details`` of the manifest.
@@ -64,10 +83,7 @@ class RandomInputs:
             )
         try:
             self._inputs = {
-                program: tuple(
-                    RandomInput(str(item["input"]), int(item["stream"]), tuple(item["size"]))
-                    for item in items
-                )
+                program: tuple(RandomInput.read(item) for item in items)
                 for program, items in numbers["inputs"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -80,10 +96,10 @@ class RandomInputs:
         """The inputs of a program, in the order of its graph."""
         return self._inputs.get(program, ())
 
-    def words(
+    def values(
         self, program: str, seed: int, step: int, sizes: Mapping[str, int]
-    ) -> dict[str, NDArray[np.int32]]:
-        """Name of each input to its words.
+    ) -> dict[str, NDArray[Any]]:
+        """Name of each input to its value.
 
         Args:
             program: Whose inputs.
@@ -94,13 +110,12 @@ class RandomInputs:
         items = self.of(program)
         shapes = [tuple(_value(size, sizes) for size in item.size) for item in items]
 
-        def make(item: RandomInput, shape: Sequence[int]) -> NDArray[np.int32]:
-            words = philox.random_words(seed, step, item.stream, math.prod(shape))
-            return words.reshape(shape)
+        def make(item: RandomInput, shape: Sequence[int]) -> NDArray[Any]:
+            return item.make(seed, step, shape)
 
         many = sum(map(math.prod, shapes)) >= _MANY
         made = (self._pool.map if many else map)(make, items, shapes)
-        return {item.name: words for item, words in zip(items, made, strict=True)}
+        return {item.name: value for item, value in zip(items, made, strict=True)}
 
 
 def _value(size: int | str, sizes: Mapping[str, int]) -> int:

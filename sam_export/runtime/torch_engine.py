@@ -17,6 +17,9 @@ from sam_export.errors import RuntimeUnavailableError
 Program = Callable[[list[Tensor], list[Tensor], list[Tensor]], Sequence[Tensor]]
 """State, hyper-parameters and batch to the outputs that are not state; writes the state."""
 
+_LARGE_BLOCK = 31 << 20
+"""Bytes: glibc learns from freed blocks of up to 32 MiB that such sizes are worth keeping."""
+
 
 class TorchEngine:
     """Device, threads, and the way from NumPy to torch and back.
@@ -40,6 +43,9 @@ class TorchEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         self._artifact = artifact
+        # glibc hands freed memory back to the system, and takes it page by page again in the next
+        # step, until a large block has been freed once. This one is never written to.
+        torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
 
     def to_numpy(self, value: Any) -> NDArray[Any]:
         """A host copy of a tensor."""

@@ -17,6 +17,9 @@ from torch import Tensor
 Words = Callable[[Sequence[int], int], Tensor]
 """(size, part) -> int32 words; part 0 leads, part 1 gives 32 bits more."""
 
+Mask = Callable[[Sequence[int], int], Tensor]
+"""(size, threshold) -> bool, true with probability ``threshold / 2^32 + 1/2``."""
+
 _TWO_32 = 2.0**32
 
 _MANTISSA = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -28,13 +31,11 @@ _COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]
 _SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]
 
 
-def bernoulli(words: Words, size: Sequence[int], probability: float) -> Tensor:
+def bernoulli(mask: Mask, size: Sequence[int], probability: float) -> Tensor:
     """True with a probability that is rounded to a multiple of 2^-32.
 
-    ``word < probability``, with the word read as a number in [0, 1) whose first bit is flipped.
-
     Args:
-        words: Where the bits come from.
+        mask: Makes the decisions.
         size: Shape of the result.
         probability: 0 to 1.
 
@@ -42,10 +43,9 @@ def bernoulli(words: Words, size: Sequence[int], probability: float) -> Tensor:
         bool of shape ``size``.
     """
     threshold = round(probability * 2**32) - 2**31
-    leading = words(size, 0)
     if threshold >= 2**31:
-        return torch.ones_like(leading, dtype=torch.bool)
-    return leading < threshold
+        return torch.ones_like(mask(size, 0))
+    return mask(size, threshold)
 
 
 def bernoulli_of(words: Words, probability: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_export.artifact.philox import STREAMS_PER_DRAW
 from sam_export.errors import StepConfigError
-from sam_export.step.distributions import Words
-from sam_export.step.philox import random_words
+from sam_export.step.philox import DrawSource
 from sam_export.step.random_operators import FORMS
 
 # Where torch's own generator stands while the mode is on. Its seed is the number of the next draw:
@@ -59,13 +58,13 @@ class Draws(TorchDispatchMode):
         if stage == "descent" and self._same:
             torch.default_generator.manual_seed(_START)
 
-    def draw(self, what: str, size: Sequence[int], make: Callable[[Words], Tensor]) -> Tensor:
-        """The next draw, made from its own words; not to be written to.
+    def draw(self, what: str, size: Sequence[int], make: Callable[[DrawSource], Tensor]) -> Tensor:
+        """The next draw; not to be written to.
 
         Args:
             what: The operator and what it depends on, to compare both passes.
-            size: Shape of the words.
-            make: Makes the draw from `Words`.
+            size: Shape of the draw.
+            make: Makes the draw.
         """
         number = torch.default_generator.initial_seed() - _START
         if not 0 <= number < _MOST:
@@ -85,9 +84,7 @@ class Draws(TorchDispatchMode):
             )
         if value is None:
             stream = self._first_stream + STREAMS_PER_DRAW * number
-            value = make(
-                lambda extents, part: random_words(self._seed, self._step, extents, stream + part)
-            )
+            value = make(DrawSource(self._seed, self._step, stream))
             self._drawn[number] = (signature, value if self._same else None)
         return value
 

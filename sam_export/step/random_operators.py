@@ -46,7 +46,7 @@ def native_dropout(draws: Draws, x: Tensor, p: float, train: bool | None) -> tup
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     mask = _mask(draws, x.shape, 1.0 - p)
     scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-    return x * mask.to(x.dtype) * scale, mask.clone()
+    return x * (mask.to(x.dtype) * scale), mask.clone()
 
 
 @form("aten::bernoulli_.float")
@@ -132,7 +132,7 @@ def normal_of(draws: Draws, mean: Tensor | float = 0.0, std: Tensor | float = 1.
 @form("aten::exponential_")
 def exponential_(draws: Draws, x: Tensor, rate: float = 1.0) -> Tensor:
     """exponential_(Tensor(a!) self, float lambd=1, *, Generator? generator=None) -> Tensor(a!)"""
-    make = lambda words: distributions.exponential(words, x.shape)  # noqa: E731
+    make = lambda source: distributions.exponential(source.words, x.shape)  # noqa: E731
     return x.copy_(draws.draw("exponential", x.shape, make) / rate)
 
 
@@ -195,7 +195,7 @@ def random_from_(draws: Draws, x: Tensor, low: int, high: int | None) -> Tensor:
 @form("aten::randperm")
 def randperm(draws: Draws, count: int, dtype: Any = torch.int64, **where: Any) -> Tensor:
     """randperm(SymInt n, *, ScalarType? dtype=long, ...) -> Tensor"""
-    make = lambda words: distributions.permutation(words, count)  # noqa: E731
+    make = lambda source: distributions.permutation(source.words, count)  # noqa: E731
     return _made(draws.draw("permutation", (count,), make), where, dtype=dtype)
 
 
@@ -231,12 +231,12 @@ def rrelu_with_noise_(draws: Draws, x: Tensor, *arguments: Any) -> Tensor:
 def _mask(draws: Draws, size: Sequence[int], p: float) -> Tensor:
     if not 0 <= p <= 1:
         raise StepConfigError(f"A probability of {p} was asked for; it lies between 0 and 1.")
-    make = lambda words: distributions.bernoulli(words, size, p)  # noqa: E731
+    make = lambda source: distributions.bernoulli(source.mask, size, p)  # noqa: E731
     return draws.draw(f"bernoulli({p:g})", size, make)
 
 
 def _mask_of(draws: Draws, p: Tensor) -> Tensor:
-    words = draws.draw("bernoulli", p.shape, lambda words: words(p.shape, 0))
+    words = draws.draw("bernoulli", p.shape, lambda source: source.words(p.shape, 0))
     return distributions.bernoulli_of(lambda size, part: words, p)
 
 
@@ -245,17 +245,17 @@ def _uniform(
 ) -> Tensor:
     if not dtype.is_floating_point:
         raise StepConfigError(f"Uniform numbers of {dtype} were asked for; give a floating dtype.")
-    make = lambda words: distributions.uniform_between(words, size, dtype, low, high)  # noqa: E731
+    make = lambda source: distributions.uniform_between(source.words, size, dtype, low, high)  # noqa: E731
     return draws.draw(f"uniform({low:g}, {high:g}, {dtype})", size, make)
 
 
 def _normal(draws: Draws, size: Sequence[int]) -> Tensor:
-    make = lambda words: distributions.normal(words, size)  # noqa: E731
+    make = lambda source: distributions.normal(source.words, size)  # noqa: E731
     return draws.draw("normal", size, make)
 
 
 def _integers(draws: Draws, size: Sequence[int], low: int, high: int) -> Tensor:
-    make = lambda words: distributions.integers(words, size, low, high)  # noqa: E731
+    make = lambda source: distributions.integers(source.words, size, low, high)  # noqa: E731
     return draws.draw(f"integers({low}, {high})", size, make)
 
 

@@ -34,10 +34,11 @@ from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
 from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
 from sam_export.tracing.randomness import (
+    drawn_nodes,
     frozen_draws_refused,
     random_nodes,
     share_draws,
-    word_nodes,
+    share_dropout_factors,
 )
 from sam_export.tracing.state import StateLayout, accepts, dtype_name, state_layout
 from sam_export.tracing.trace import exported, traced
@@ -256,8 +257,9 @@ class _Capture:
         semantics = self.step.semantics
         if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
             share_draws(graph_module)
+        share_dropout_factors(graph_module)
         refuse_mutation(graph_module.graph)
-        draws = bool(word_nodes(graph_module.graph))
+        draws = bool(drawn_nodes(graph_module.graph))
         self.drew |= draws
         # The step counts itself for evaluation programs that draw, too.
         unread = set() if draws or (name == "step" and self.drew) else {SEED, STEP}

@@ -1,7 +1,7 @@
 """Random operators of a captured step: finding them, and giving both passes the same draw.
 
 Only steps that draw from torch's generator (`Semantics.generator`) hold random ATen operators;
-`share_draws` is for them. The others hold ``sam_export::random_words``, shared as they are traced.
+`share_draws` is for them. The others hold operators of `step.philox`, shared as they are traced.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import fx
 from sam_export._compat import origins
 from sam_export.errors import CaptureError
 from sam_export.step.draws import without_dropout
+from sam_export.step.philox import COMPOSITES
 
 
 def random_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -32,10 +33,9 @@ def random_nodes(graph: fx.Graph) -> list[fx.Node]:
     ]
 
 
-def word_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes that draw words from Philox, in order of execution."""
-    target = torch.ops.sam_export.random_words.default
-    return graph.find_nodes(op="call_function", target=target)
+def drawn_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that draw from Philox, in order of execution."""
+    return [node for node in graph.nodes if node.target in COMPOSITES]
 
 
 @contextlib.contextmanager
@@ -152,6 +152,29 @@ def _share_dropout(graph: fx.Graph, drawn: fx.Node, again: fx.Node) -> None:
     for user in _results(again):
         user.replace_all_uses_with(mask if user.args[1] == 1 else output)
         graph.erase_node(user)
+
+
+def share_dropout_factors(graph_module: fx.GraphModule) -> None:
+    """Makes dropout's backward use the factors ``mask / (1 - p)`` that its forward has computed.
+
+    Within a pass: kept from one pass to the next, they would take four times the memory of masks.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=_ATEN.native_dropout_backward.default):
+        gradient, mask, scale = node.args
+        casts = [user for user in mask.users if user.target == _ATEN._to_copy.default]
+        made = [
+            factors
+            for cast in casts
+            for factors in cast.users
+            if factors.target == _ATEN.mul.Tensor
+            and factors.args == (cast, scale)
+            and factors.meta["val"].dtype == gradient.meta["val"].dtype
+            and origins.stage_of(factors) == origins.stage_of(node)
+        ]
+        if made:
+            node.target, node.args = _ATEN.mul.Tensor, (gradient, made[0])
+    graph_module.recompile()
 
 
 def _results(node: fx.Node) -> list[fx.Node]:

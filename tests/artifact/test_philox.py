@@ -8,7 +8,7 @@ import torch
 
 from sam_export.artifact import philox
 from sam_export.parity import oracle_random
-from sam_export.step.philox import composite, random_words
+from sam_export.step.philox import composite_mask, composite_words, random_mask, random_words
 
 ONES = 0xFFFFFFFF
 
@@ -52,10 +52,41 @@ def test_all_implementations_agree(place: tuple[int, int, int, int]) -> None:
     words = philox.random_words(seed, step, stream, count)
     assert words.dtype == np.int32
     keys = torch.tensor(seed), torch.tensor(step)
-    for made in (composite, random_words):
+    for made in (composite_words, random_words):
         assert np.array_equal(made(*keys, (count,), stream).numpy(), words)
     flipped = oracle_random.words(seed, step, stream, count).astype(np.int64) - 2**31
     assert np.array_equal(flipped, words.astype(np.int64))
+
+
+THRESHOLDS = [-(2**31), -(2**31) + 1, 1 - 2**30, 0, round(0.7 * 2**32) - 2**31, 2**31 - 1]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_all_implementations_of_masks_agree(place: tuple[int, int, int, int]) -> None:
+    seed, step, stream, count = place
+    words = oracle_random.words(seed, step, stream, count, halves=True).astype(np.int64)
+    keys = torch.tensor(seed), torch.tensor(step)
+    for threshold in THRESHOLDS:
+        mask = philox.random_mask(seed, step, stream, count, threshold)
+        assert mask.dtype == np.bool_
+        assert np.array_equal(mask, words < threshold + 2**31)
+        for made in (composite_mask, random_mask):
+            assert np.array_equal(made(*keys, (count,), stream, threshold).numpy(), mask)
+
+
+def test_where_each_decision_comes_from() -> None:
+    """Decision l * n + j is of word l mod 4 of block j; from l = 4 on, its halves are swapped."""
+    count, seed, step, stream = 40, 77, 5, 9
+    blocks = 40 // 8 + 1
+    mask = philox.random_mask(seed, step, stream, count, 12345)
+    for element in range(count):
+        lane, block = divmod(element, blocks)
+        counter = tuple(np.array([word], np.uint64) for word in (block, stream, step, 0))
+        word = int(philox.philox(counter, seed)[lane % 4][0])
+        if lane >= 4:
+            word = (word & 0xFFFF) << 16 | word >> 16
+        signed = word - (1 << 32) if word >> 31 else word
+        assert mask[element] == (signed < 12345)
 
 
 def test_where_each_word_comes_from() -> None:
@@ -75,6 +106,10 @@ def test_shapes_are_filled_in_row_major_order() -> None:
         assert torch.equal(random_words(seed, step, size, 3), flat.reshape(size))
     assert random_words(seed, step, (), 3).shape == ()
     assert random_words(seed, step, (4, 0), 3).shape == (4, 0)
+    flat = random_mask(seed, step, (24,), 3, 0)
+    assert torch.equal(random_mask(seed, step, (2, 3, 4), 3, 0), flat.reshape(2, 3, 4))
+    assert random_mask(seed, step, (), 3, 0).shape == ()
+    assert random_mask(seed, step, (4, 0), 3, 0).shape == (4, 0)
 
 
 @pytest.mark.parametrize("change", ["seed", "high half of the seed", "step", "high step", "stream"])

@@ -250,7 +250,9 @@ def test_the_manifest_says_who_makes_the_words(tmp_path: Path) -> None:
         assert (numbers["generator"], numbers["made_by"]) == ("philox4x32-10", made_by)
         if target == "onnx":
             inputs = {item["input"]: item["size"] for item in numbers["inputs"]["step"]}
-            assert inputs == {"random_words.0": ["2*batch", 3], "random_words.2": ["batch", 6]}
+            assert inputs == {"random_words.0": ["2*batch", 3], "random_mask.2": ["batch", 6]}
+            (mask,) = (i for i in numbers["inputs"]["step"] if "threshold" in i)
+            assert mask["threshold"] == round(0.7 * 2**32) - 2**31
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,7 @@ def changed(artifact: Path, folder: Path, change: Callable[[dict[str, Any]], Non
     [
         ({"generator": "threefry"}, "generator 'threefry'"),
         ({"inputs": {"step": [{"input": "random_words.0"}]}}, "malformed"),
-        ({"inputs": {}}, "inputs of .*step.onnx are not those of the contract: random_words"),
+        ({"inputs": {}}, "inputs of .*step.onnx are not those of the contract: random_mask"),
     ],
     ids=["another generator", "a field is missing", "no inputs"],
 )

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from sam_export.step import distributions
-from sam_export.step.philox import random_words
+from sam_export.step.philox import DrawSource
 
 COUNT = 200_000
 SIZE = (COUNT,)
 
 
-def words_of(seed: int = 1, step: int = 0, draw: int = 0) -> Callable[[Sequence[int], int], Tensor]:
-    place = torch.tensor(seed), torch.tensor(step)
-    return lambda size, part: random_words(*place, size, 2 * draw + part)
+def source_of(seed: int = 1, step: int = 0, draw: int = 0) -> DrawSource:
+    return DrawSource(torch.tensor(seed), torch.tensor(step), 2 * draw)
+
+
+def words_of(**place: int) -> Callable[[Sequence[int], int], Tensor]:
+    return source_of(**place).words
 
 
 def uniforms(**place: int) -> Tensor:
@@ -90,12 +93,25 @@ def test_uniform_between_stays_below_its_upper_bound() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 1e-4, 0.1, 0.5, 0.7, 0.9999, 1.0])
 def test_bernoulli(p: float) -> None:
-    mask = distributions.bernoulli(words_of(), SIZE, p)
-    assert mask.dtype == torch.bool
-    assert abs(float(mask.double().mean()) - p) <= 4 * math.sqrt(p * (1 - p) / COUNT)
+    """Of one probability for all, and of one for each."""
     per_element = torch.full(SIZE, p, dtype=torch.float64)
-    assert torch.equal(distributions.bernoulli_of(words_of(), per_element), mask)
-    assert torch.equal(mask, uniforms() < round(p * 2**32) / 2**32)
+    mask = distributions.bernoulli(source_of().mask, SIZE, p)
+    masks = {"one": mask, "each": distributions.bernoulli_of(words_of(), per_element)}
+    for mask in masks.values():
+        assert mask.dtype == torch.bool
+        assert abs(float(mask.double().mean()) - p) <= 4 * math.sqrt(p * (1 - p) / COUNT)
+    assert torch.equal(masks["each"], uniforms() < round(p * 2**32) / 2**32)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.7, 0.9])
+def test_the_two_decisions_of_a_word_are_as_good_as_independent(p: float) -> None:
+    """They lie half of the blocks' words apart. The bound holds for 16 M words, too."""
+    count = 1 << 25
+    mask = distributions.bernoulli(source_of().mask, (count,), p)
+    words = 4 * (count // 8 + 1)
+    first, second = mask[: count - words].double(), mask[words:].double()
+    deviation = 1 / math.sqrt(len(first))
+    assert abs(correlation(first, second)) < 2**-14 + 4 * deviation
 
 
 def test_normal_moments_and_distribution() -> None:
@@ -160,7 +176,7 @@ def test_neighbouring_elements_are_uncorrelated(lag: int) -> None:
     """Also those a quarter of the tensor apart, which come from the same block."""
     u = uniforms()
     assert abs(correlation(u[:-lag], u[lag:])) < 4 / math.sqrt(COUNT - lag)
-    mask = distributions.bernoulli(words_of(), SIZE, 0.3).double()
+    mask = distributions.bernoulli(source_of().mask, SIZE, 0.3).double()
     assert abs(correlation(mask[:-lag], mask[lag:])) < 4 / math.sqrt(COUNT - lag)
 
 

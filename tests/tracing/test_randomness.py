@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sam_export as sx
-from sam_export.tracing.randomness import word_nodes
+from sam_export._compat import origins
+from sam_export.tracing.randomness import drawn_nodes
 from tests.step.test_sam import batches
 from tests.tracing.test_capture import Runner, make
 
@@ -110,7 +111,22 @@ def test_the_graph_draws_and_uses_what_eager_does(
 def test_the_same_draw_is_made_once(randomness: Any, count: int) -> None:
     step = make(Noisy(nn.Dropout(0.4)), "sgd", sx.Semantics(randomness=randomness))
     graph = sx.capture(step, batches(1)[0]).programs["step"].graph
-    assert len(word_nodes(graph)) == count
+    assert len(drawn_nodes(graph)) == count
+
+
+@pytest.mark.parametrize("generator", ["philox", "torch"])
+def test_the_factors_of_dropout_are_computed_once_in_a_pass(generator: Any) -> None:
+    step = make(Noisy(nn.Dropout(0.4)), "sgd", sx.Semantics(generator=generator))
+    graph = sx.capture(step, batches(1)[0]).programs["step"].graph
+    backward = torch.ops.aten.native_dropout_backward.default
+    assert bool(graph.find_nodes(op="call_function", target=backward)) == (generator == "torch")
+    if generator == "philox":
+        (mask,) = drawn_nodes(graph)
+        casts = [n for n in mask.users if n.target == torch.ops.aten._to_copy.default]
+        assert [origins.stage_of(cast) for cast in casts] == ["ascent", "descent"]
+        for cast in casts:
+            (factors,) = cast.users
+            assert len(factors.users) == 2  # forward and backward
 
 
 def test_a_draw_of_torch_that_depends_on_values_is_refused_or_fresh() -> None:
@@ -159,9 +175,9 @@ def test_evaluation_may_draw() -> None:
     for program in ("evaluate", "evaluate_loss"):
         assert "rng.seed" in contract.program(program).inputs
         assert not contract.program(program).feeds
-        (node,) = word_nodes(captured.programs[program].graph)[:1]
+        (node,) = drawn_nodes(captured.programs[program].graph)[:1]
         assert int(node.args[3]) >= 2**31
-    assert not word_nodes(captured.programs["step"].graph)
+    assert not drawn_nodes(captured.programs["step"].graph)
 
 
 @pytest.mark.parametrize("library", ["random", "numpy.random"])
