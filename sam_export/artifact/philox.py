@@ -30,7 +30,12 @@ EVALUATION = 1 << 31
 """Streams from here on belong to evaluation programs; below it, to the step."""
 
 _CHUNK = 16384  # blocks whose temporaries stay in the cache
-_SWAP = np.uint64((1 << 48) | (1 << 16))  # times a word: its swapped halves, in the upper 32 bits
+
+DECISIONS_PER_BLOCK = 16
+"""Of a mask: one for each byte of a block."""
+
+LEADING, TRAILING = 0xFF000000, 0x00FFFFFF
+"""Bits of a 32-bit number: its first byte, and the rest."""
 
 
 def round_keys(seed: int) -> list[tuple[int, int]]:
@@ -68,35 +73,39 @@ def random_words(seed: int, step: int, stream: int, count: int) -> NDArray[np.in
 
 
 def random_mask(seed: int, step: int, stream: int, count: int, threshold: int) -> NDArray[np.bool_]:
-    """``count`` decisions, two from each word; true with probability ``threshold / 2^32 + 1/2``.
+    """``count`` decisions, four from each word; true with ``p = threshold / 2^32 + 1/2``.
 
-    With ``n = ceil(count / 8) + 1`` blocks, decision ``l * n + j`` for ``l < 4`` is
-    ``word < threshold`` for word ``l`` of block ``j``, its bits read as a signed number, and for
-    ``l >= 4`` the same of word ``l - 4`` with its halves of 16 bits swapped. A decision is a
-    function of all 32 bits, so its probability is exact. The two of one word meet only where a half
-    equals the threshold's: their correlation is below 2^-14 for probabilities from 2^-16 on.
+    With ``n = ceil(count / 16) + 1`` blocks, decision ``(4 l + b) n + j`` is ``v < threshold``. The
+    first byte of ``v`` is byte ``b``, from the top, of word ``l`` of block ``j``; its other bits
+    are the last 24 of the exclusive or of the block's four words; it is read as a signed number.
+
+    All 32 bits of ``v`` are random, so the probability is exact. Two decisions of a block are
+    independent unless both their first bytes equal the threshold's, once in 2^16: their correlation
+    is at most ``2^-18 / (p (1 - p))``.
 
     Args:
         seed: Any 64 bits, signed or not.
         step: Number of the step; 64 bits, signed or not.
         stream: 0 to 2^32 - 1.
-        count: How many, at least 0 and at most 2^35.
+        count: How many, at least 0 and at most 2^36.
         threshold: -2^31 (never true) to 2^31 - 1.
 
     Returns:
         bool[count].
     """
-    blocks = blocks_for(count, per_block=8)
-    out = np.empty((8, blocks), np.bool_)
-    bound = np.int64(threshold << 32)
-    shifted = np.empty(min(blocks, _CHUNK), np.uint64)
-    for part, words in _chunks(seed, step, stream, blocks):
-        for lane, word in enumerate(words):
-            # The word, then the word with its halves swapped, in the upper 32 bits of 64.
-            upper = np.left_shift(word, np.uint64(32), out=shifted[: len(word)])
-            np.less(upper.view(np.int64), bound, out=out[lane, part])
-            np.multiply(word, _SWAP, out=upper)
-            np.less(upper.view(np.int64), bound, out=out[lane + 4, part])
+    blocks = blocks_for(count, DECISIONS_PER_BLOCK)
+    out = np.empty((DECISIONS_PER_BLOCK, blocks), np.bool_)
+    leading, bound = np.uint32(LEADING), np.int32(threshold)
+    for part, wide in _chunks(seed, step, stream, blocks):
+        words = [word.astype(np.uint32) for word in wide]
+        rest = words[0] ^ words[1] ^ words[2] ^ words[3]
+        rest &= np.uint32(TRAILING)
+        value = np.empty_like(rest)
+        for row, into in enumerate(out[:, part]):
+            np.left_shift(words[row // 4], np.uint32(8 * (row % 4)), out=value)
+            value &= leading
+            value |= rest
+            np.less(value.view(np.int32), bound, out=into)
     return out.reshape(-1)[:count]
 
 

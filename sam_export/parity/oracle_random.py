@@ -5,8 +5,9 @@ It imports nothing of this package, on purpose; what a step draws is agreed on i
 * key: the 64 bits of the seed, low word first; counter: (block, stream, step low, step high);
 * draw ``d`` of a pass has the streams ``2 d`` and ``2 d + 1``; of ``n`` numbers, number ``i`` is
   word ``i // b`` of block ``i % b``, ``b = ceil(n / 4) + 1``, with its first bit flipped;
-* decisions of one probability come two from a word: ``b = ceil(n / 8) + 1``, and from number
-  ``4 b`` on the same words come again with their 16-bit halves swapped before the bit is flipped.
+* decisions of one probability from 1/64 to 63/64 take a byte each: ``b = ceil(n / 16) + 1``, and
+  number ``i`` has byte ``i // b`` (word by word, from the top) of block ``i % b`` as its first, and
+  the last three bytes of the exclusive or of the block's words as its others.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ layer, which puts the generator back and runs again, draws the same again."""
 
 
 def words(
-    seed: int, step: int, stream: int, count: int, halves: bool = False
+    seed: int, step: int, stream: int, count: int, by_bytes: bool = False
 ) -> NDArray[np.uint64]:
     """The first ``count`` words of a stream, first bit flipped, as numbers from 0 to 2^32 - 1.
 
-    With ``halves``, each word comes a second time, its halves of 16 bits swapped.
+    With ``by_bytes``, each byte of a word is the first of a number of its own.
 
     Source: J. K. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011,
         https://doi.org/10.1145/2063384.2063405
     """
-    blocks = math.ceil(count / (8 if halves else 4)) + 1
+    blocks = math.ceil(count / (16 if by_bytes else 4)) + 1
     low32 = np.uint64(2**32 - 1)
     x = np.empty((4, blocks), np.uint64)
     x[0] = np.arange(blocks)
@@ -54,8 +55,10 @@ def words(
             ]
         )
         key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    if halves:
-        x = np.concatenate([x, x % np.uint64(2**16) * np.uint64(2**16) + x // np.uint64(2**16)])
+    if by_bytes:
+        rest = np.bitwise_xor.reduce(x) % np.uint64(2**24)
+        first_bytes = [x // np.uint64(256**b) % np.uint64(256) for b in (3, 2, 1, 0)]
+        x = np.stack(first_bytes, axis=1) * np.uint64(2**24) + rest
     return x.reshape(-1)[:count] ^ np.uint64(2**31)
 
 
@@ -115,14 +118,16 @@ class OracleDraws(TorchDispatchMode):
     # -- what each operator draws, as NumPy arrays of `size` or flat ------------------------------
 
     def _words(
-        self, size: Sequence[int], *parts: int, halves: bool = False
+        self, size: Sequence[int], *parts: int, by_bytes: bool = False
     ) -> list[NDArray[np.float64]]:
         number = torch.initial_seed() - _FIRST
         torch.manual_seed(_FIRST + number + 1)
         self.next = max(self.next, number + 1)
         streams = [2 * number + part for part in parts or (0,)]
         count = math.prod(size)
-        return [words(self._seed, self._step, s, count, halves).astype(np.float64) for s in streams]
+        return [
+            words(self._seed, self._step, s, count, by_bytes).astype(np.float64) for s in streams
+        ]
 
     def _native_dropout(self, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         x, p = given["input"], given["p"]
@@ -137,7 +142,8 @@ class OracleDraws(TorchDispatchMode):
         if isinstance(p, Tensor):
             chance = p.detach().cpu().double().expand(tuple(size)).numpy().ravel() * 2.0**32
             return np.asarray(self._words(size)[0] < chance)
-        return np.asarray(self._words(size, halves=True)[0] < round(p * 2**32))
+        usual = 1 / 64 <= p <= 63 / 64
+        return np.asarray(self._words(size, by_bytes=usual)[0] < round(p * 2**32))
 
     def _unit(self, dtype: torch.dtype, size: Sequence[int]) -> NDArray[np.float64]:
         bits = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[dtype]

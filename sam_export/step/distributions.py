@@ -22,6 +22,8 @@ Mask = Callable[[Sequence[int], int], Tensor]
 
 _TWO_32 = 2.0**32
 
+_EXTREME = 2.0**-6
+
 _MANTISSA = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 # atanh(t) / t in powers of t^2; |t| <= 3 - 2 sqrt(2), so the first term left out is below 1e-18.
@@ -31,11 +33,15 @@ _COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]
 _SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]
 
 
-def bernoulli(mask: Mask, size: Sequence[int], probability: float) -> Tensor:
+def bernoulli(words: Words, mask: Mask, size: Sequence[int], probability: float) -> Tensor:
     """True with a probability that is rounded to a multiple of 2^-32.
 
+    From a word each where the probability is within `_EXTREME` of 0 or 1: there, two decisions of a
+    mask are correlated by up to 2^-8; elsewhere by less than 2^-12.
+
     Args:
-        mask: Makes the decisions.
+        words: Where the bits come from.
+        mask: Makes decisions from fewer bits.
         size: Shape of the result.
         probability: 0 to 1.
 
@@ -43,9 +49,12 @@ def bernoulli(mask: Mask, size: Sequence[int], probability: float) -> Tensor:
         bool of shape ``size``.
     """
     threshold = round(probability * 2**32) - 2**31
+    if _EXTREME <= probability <= 1 - _EXTREME:
+        return mask(size, threshold)
+    leading = words(size, 0)
     if threshold >= 2**31:
-        return torch.ones_like(mask(size, 0))
-    return mask(size, threshold)
+        return torch.ones_like(leading, dtype=torch.bool)
+    return leading < threshold
 
 
 def bernoulli_of(words: Words, probability: Tensor) -> Tensor:

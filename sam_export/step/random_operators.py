@@ -231,7 +231,7 @@ def rrelu_with_noise_(draws: Draws, x: Tensor, *arguments: Any) -> Tensor:
 def _mask(draws: Draws, size: Sequence[int], p: float) -> Tensor:
     if not 0 <= p <= 1:
         raise StepConfigError(f"A probability of {p} was asked for; it lies between 0 and 1.")
-    make = lambda source: distributions.bernoulli(source.mask, size, p)  # noqa: E731
+    make = lambda source: distributions.bernoulli(source.words, source.mask, size, p)  # noqa: E731
     return draws.draw(f"bernoulli({p:g})", size, make)
 
 

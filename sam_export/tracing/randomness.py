@@ -155,25 +155,30 @@ def _share_dropout(graph: fx.Graph, drawn: fx.Node, again: fx.Node) -> None:
 
 
 def share_dropout_factors(graph_module: fx.GraphModule) -> None:
-    """Makes dropout's backward use the factors ``mask / (1 - p)`` that its forward has computed.
+    """Makes all uses of a mask take the factors ``mask / (1 - p)`` that its first one computed.
 
-    Within a pass: kept from one pass to the next, they would take four times the memory of masks.
+    The backward of each pass, and the second pass. Memory is at its peak at the end of the second
+    forward, where the factors of all layers are alive anyway.
     """
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_function", target=_ATEN.native_dropout_backward.default):
         gradient, mask, scale = node.args
-        casts = [user for user in mask.users if user.target == _ATEN._to_copy.default]
         made = [
             factors
-            for cast in casts
+            for cast in mask.users
+            if cast.target == _ATEN._to_copy.default
             for factors in cast.users
             if factors.target == _ATEN.mul.Tensor
             and factors.args == (cast, scale)
             and factors.meta["val"].dtype == gradient.meta["val"].dtype
-            and origins.stage_of(factors) == origins.stage_of(node)
         ]
-        if made:
-            node.target, node.args = _ATEN.mul.Tensor, (gradient, made[0])
+        if not made:
+            continue
+        node.target, node.args = _ATEN.mul.Tensor, (gradient, made[0])
+        for again in made[1:]:
+            again.replace_all_uses_with(made[0])
+            graph.erase_node(again)
+    graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
 
 

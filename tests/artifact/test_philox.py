@@ -64,7 +64,7 @@ THRESHOLDS = [-(2**31), -(2**31) + 1, 1 - 2**30, 0, round(0.7 * 2**32) - 2**31, 
 @pytest.mark.parametrize("place", PLACES)
 def test_all_implementations_of_masks_agree(place: tuple[int, int, int, int]) -> None:
     seed, step, stream, count = place
-    words = oracle_random.words(seed, step, stream, count, halves=True).astype(np.int64)
+    words = oracle_random.words(seed, step, stream, count, by_bytes=True).astype(np.int64)
     keys = torch.tensor(seed), torch.tensor(step)
     for threshold in THRESHOLDS:
         mask = philox.random_mask(seed, step, stream, count, threshold)
@@ -75,17 +75,17 @@ def test_all_implementations_of_masks_agree(place: tuple[int, int, int, int]) ->
 
 
 def test_where_each_decision_comes_from() -> None:
-    """Decision l * n + j is of word l mod 4 of block j; from l = 4 on, its halves are swapped."""
-    count, seed, step, stream = 40, 77, 5, 9
-    blocks = 40 // 8 + 1
+    """Decision (4 l + b) n + j has byte b of word l of block j, then what the words share."""
+    count, seed, step, stream = 60, 77, 5, 9
+    blocks = 4 + 1
     mask = philox.random_mask(seed, step, stream, count, 12345)
     for element in range(count):
-        lane, block = divmod(element, blocks)
+        row, block = divmod(element, blocks)
         counter = tuple(np.array([word], np.uint64) for word in (block, stream, step, 0))
-        word = int(philox.philox(counter, seed)[lane % 4][0])
-        if lane >= 4:
-            word = (word & 0xFFFF) << 16 | word >> 16
-        signed = word - (1 << 32) if word >> 31 else word
+        words = [int(word[0]) for word in philox.philox(counter, seed)]
+        first = words[row // 4].to_bytes(4, "big")[row % 4]
+        rest = (words[0] ^ words[1] ^ words[2] ^ words[3]).to_bytes(4, "big")[1:]
+        signed = int.from_bytes(bytes([first]) + rest, "big", signed=True)
         assert mask[element] == (signed < 12345)
 
 

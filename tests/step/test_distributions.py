@@ -29,6 +29,11 @@ def words_of(**place: int) -> Callable[[Sequence[int], int], Tensor]:
     return source_of(**place).words
 
 
+def bernoulli(size: Sequence[int], p: float) -> Tensor:
+    source = source_of()
+    return distributions.bernoulli(source.words, source.mask, size, p)
+
+
 def uniforms(**place: int) -> Tensor:
     return distributions.uniform(words_of(**place), SIZE, torch.float64)
 
@@ -91,11 +96,11 @@ def test_uniform_between_stays_below_its_upper_bound() -> None:
     )
 
 
-@pytest.mark.parametrize("p", [0.0, 1e-4, 0.1, 0.5, 0.7, 0.9999, 1.0])
+@pytest.mark.parametrize("p", [0.0, 1e-4, 1 / 64, 0.1, 0.5, 0.7, 63 / 64, 0.9999, 1.0])
 def test_bernoulli(p: float) -> None:
     """Of one probability for all, and of one for each."""
     per_element = torch.full(SIZE, p, dtype=torch.float64)
-    mask = distributions.bernoulli(source_of().mask, SIZE, p)
+    mask = bernoulli(SIZE, p)
     masks = {"one": mask, "each": distributions.bernoulli_of(words_of(), per_element)}
     for mask in masks.values():
         assert mask.dtype == torch.bool
@@ -103,15 +108,19 @@ def test_bernoulli(p: float) -> None:
     assert torch.equal(masks["each"], uniforms() < round(p * 2**32) / 2**32)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.7, 0.9])
-def test_the_two_decisions_of_a_word_are_as_good_as_independent(p: float) -> None:
-    """They lie half of the blocks' words apart. The bound holds for 16 M words, too."""
-    count = 1 << 25
-    mask = distributions.bernoulli(source_of().mask, (count,), p)
-    words = 4 * (count // 8 + 1)
-    first, second = mask[: count - words].double(), mask[words:].double()
-    deviation = 1 / math.sqrt(len(first))
-    assert abs(correlation(first, second)) < 2**-14 + 4 * deviation
+@pytest.mark.parametrize("p", [1 / 64, 0.1, 0.5, 0.9])
+def test_the_decisions_of_a_block_are_as_good_as_independent(p: float) -> None:
+    """All pairs of the 16; two million blocks. And four of them, one from each word."""
+    blocks = 1 << 21
+    mask = bernoulli((16 * (blocks - 1),), p)
+    rows = torch.nn.functional.pad(mask, (0, 16)).view(16, blocks)[:, :-1].double()
+    rows = (rows - p) / math.sqrt(p * (1 - p))
+    together = rows @ rows.T / blocks - torch.eye(16, dtype=torch.float64)
+    off = together - torch.diag(together.diagonal())
+    assert float(off.abs().max()) < 2**-18 / (p * (1 - p)) + 4.5 / math.sqrt(blocks)
+    for byte in range(4):
+        four = rows.view(4, 4, -1)[:, byte].prod(0)
+        assert abs(float(four.mean())) < 4.5 * float(four.std()) / math.sqrt(blocks)
 
 
 def test_normal_moments_and_distribution() -> None:
@@ -176,7 +185,7 @@ def test_neighbouring_elements_are_uncorrelated(lag: int) -> None:
     """Also those a quarter of the tensor apart, which come from the same block."""
     u = uniforms()
     assert abs(correlation(u[:-lag], u[lag:])) < 4 / math.sqrt(COUNT - lag)
-    mask = distributions.bernoulli(source_of().mask, SIZE, 0.3).double()
+    mask = bernoulli(SIZE, 0.3).double()
     assert abs(correlation(mask[:-lag], mask[lag:])) < 4 / math.sqrt(COUNT - lag)
 
 
