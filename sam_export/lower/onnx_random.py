@@ -65,8 +65,9 @@ def random_inputs(
         too, see `artifact.philox.random_mask`.
     """
     names: dict[Any, Any] = {}
-    placeholders = program.graph.find_nodes(op="placeholder")
-    for node, item in zip(placeholders, contract.inputs_of(spec), strict=True):
+    given = set(program.graph_signature.user_inputs)  # constants of the model come first
+    inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in given]
+    for node, item in zip(inputs, contract.inputs_of(spec), strict=True):
         for size, name in zip(node.meta["val"].shape, item.shape, strict=True):
             if isinstance(name, str):
                 names[size.node.expr] = sympy.Symbol(name, integer=True, positive=True)

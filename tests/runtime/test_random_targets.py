@@ -240,6 +240,29 @@ def test_an_eager_step_goes_on_where_a_session_stands_and_back() -> None:
             session.load_into(*arguments)
 
 
+@pytest.mark.parametrize("target", ["onnx", "torchscript"])
+def test_a_model_may_hold_constants(target: str) -> None:
+    """They come before the inputs of the exported program, whose sizes name those of the draws."""
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.factors = nn.Linear(5, 3), torch.tensor([1.0, 2.0, 0.5])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.dropout(self.layer(x), 0.3) * self.factors
+            return x + torch.tensor([0.5, -1.0, 2.0])
+
+    torch.manual_seed(0)
+    model = Weighted()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam, seed=1)
+    session = sx.load(sx.capture(step, batch(6, torch.float32)), target=target, threads=1)
+    for count in SIZES:
+        x, y = batch(count, torch.float32)
+        assert float(session.step(x, y).loss) == pytest.approx(float(step(x, y).loss), rel=1e-5)
+
+
 def test_the_manifest_says_who_makes_the_words(tmp_path: Path) -> None:
     step = drawing(torch.float32)
     captured = sx.capture(step, batch(6, torch.float32))
