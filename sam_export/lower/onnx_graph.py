@@ -14,7 +14,7 @@ import torch
 from sam_export._compat import onnx_exporter, origins, tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError, SamExportError
-from sam_export.lower.onnx_ops import DECOMPOSED, FORMS
+from sam_export.lower.onnx_ops import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
 from sam_export.lower.onnx_random import draws_as_inputs, draws_as_places
 
 OPSET = 18
@@ -36,7 +36,7 @@ def onnx_model(
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
-    program = tracing.decomposed(draws_as_places(program), DECOMPOSED)
+    program = tracing.decomposed(draws_as_places(program), DECOMPOSED, OWN_DECOMPOSITIONS)
     for node in program.graph.nodes:
         # The exporter writes the module stack into each ONNX node; it carries our origin there.
         node.meta["nn_module_stack"] = {"origin": (origins.origin_of(node), "sam_export")}

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_export.lower.onnx_ops import FORMS
+from sam_export.lower.onnx_ops import FORMS, OWN_DECOMPOSITIONS
 from tests.lower.onnx_cases import Case, check, every_dtype, randn
 
 aten = torch.ops.aten
 
-# x, w, stride, padding, dilation
-CONVOLUTIONS = {
+# x, w, stride, padding, dilation, and where it is not 1: groups
+CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
     "3x3": ((4, 3, 9, 7), (5, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
     "stride": ((4, 3, 9, 8), (5, 3, 3, 3), (2, 2), (1, 1), (1, 1)),
     "stride with a rest": ((2, 3, 10, 11), (4, 3, 3, 2), (3, 2), (0, 1), (1, 1)),
@@ -32,33 +32,64 @@ CONVOLUTIONS = {
     "many pixels, stride": ((2, 3, 40, 37), (4, 3, 5, 3), (2, 2), (2, 1), (1, 1)),
     "1d": ((3, 4, 17), (5, 4, 3), (2,), (1,), (1,)),
     "3d": ((2, 3, 6, 5, 4), (4, 3, 3, 2, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1)),
+    "groups": ((2, 6, 9, 7), (4, 3, 3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "groups, tiny": ((2, 6, 4, 3), (4, 3, 3, 2), (1, 1), (1, 0), (1, 1), 2),
+    "groups, many pixels": ((2, 4, 20, 18), (6, 2, 3, 3), (2, 1), (1, 2), (1, 2), 2),
+    "depthwise": ((2, 4, 9, 7), (4, 1, 3, 3), (1, 1), (1, 1), (1, 1), 4),
+    "depthwise, multiplier and stride": ((2, 3, 9, 8), (6, 1, 3, 3), (2, 2), (1, 1), (1, 1), 3),
+    "depthwise 1d": ((3, 4, 17), (4, 1, 5), (1,), (2,), (1,), 4),
+}
+# x, w [in, out / groups, ...], stride, padding, dilation, groups, output_padding
+TRANSPOSED: dict[str, tuple[Any, ...]] = {
+    "2x2 up": ((2, 4, 5, 3), (4, 3, 2, 2), (2, 2), (0, 0), (1, 1), 1, (0, 0)),
+    "rest": ((2, 4, 5, 3), (4, 3, 3, 3), (2, 3), (1, 0), (1, 1), 1, (1, 2)),
+    "stride 1": ((2, 4, 5, 3), (4, 3, 3, 2), (1, 1), (1, 0), (1, 2), 1, (0, 0)),
+    "groups": ((2, 4, 5, 3), (4, 3, 3, 2), (2, 2), (1, 0), (1, 1), 2, (1, 0)),
+    "many pixels": ((2, 3, 18, 17), (3, 2, 3, 3), (1, 2), (1, 1), (1, 1), 1, (0, 1)),
+    "1d": ((3, 4, 9), (4, 2, 3), (2,), (1,), (1,), 1, (1,)),
+    "3d": ((2, 3, 3, 4, 2), (3, 2, 2, 3, 2), (1, 2, 1), (0, 1, 0), (1, 1, 1), 1, (0, 1, 0)),
 }
 
 
 def convolution_case(name: str, dtype: torch.dtype) -> Case:
-    x_shape, w_shape, stride, padding, dilation = CONVOLUTIONS[name]
+    x_shape, w_shape, stride, padding, dilation, *groups = CONVOLUTIONS[name]
     x, w = randn(*x_shape).to(dtype), randn(*w_shape, seed=1).to(dtype)
     b = randn(w_shape[0], seed=2).to(dtype)
     zeros = [0] * len(stride)
 
     def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return aten.convolution(x, w, b, stride, padding, dilation, False, zeros, 1)
+        return aten.convolution(x, w, b, stride, padding, dilation, False, zeros, *groups or [1])
 
     return forward, (x, w, b)
 
 
 def convolution_backward_case(name: str, dtype: torch.dtype) -> Case:
     forward, (x, w, b) = convolution_case(name, dtype)
-    _, _, stride, padding, dilation = CONVOLUTIONS[name]
+    _, _, stride, padding, dilation, *groups = CONVOLUTIONS[name]
     dy = randn(*forward(x, w, b).shape, seed=3).to(dtype)
 
     def backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         zeros, sizes, mask = [0] * len(stride), [w.shape[0]], [True, True, True]
         return aten.convolution_backward(
-            dy, x, w, sizes, stride, padding, dilation, False, zeros, 1, mask
+            dy, x, w, sizes, stride, padding, dilation, False, zeros, *groups or [1], mask
         )
 
     return backward, (dy, x, w)
+
+
+def transposed_case(name: str, dtype: torch.dtype) -> Case:
+    x_shape, w_shape, stride, padding, dilation, groups, rest = TRANSPOSED[name]
+    x, w = randn(*x_shape).to(dtype), randn(*w_shape, seed=1).to(dtype)
+    b = randn(w_shape[1] * groups, seed=2).to(dtype)
+    options = (stride, padding, dilation, True, rest, groups)
+    dy = randn(*aten.convolution(x, w, b, *options).shape, seed=3).to(dtype)
+
+    def both(x: Tensor, w: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        y = aten.convolution(x, w, b, *options)
+        gradients = aten.convolution_backward(dy, x, w, list(b.shape), *options, [True] * 3)
+        return y, *gradients
+
+    return both, (x, w, b, dy)
 
 
 @every_dtype
@@ -69,6 +100,11 @@ def test_convolution(dtype: torch.dtype) -> None:
 @every_dtype
 def test_convolution_backward(dtype: torch.dtype) -> None:
     check(**{name: convolution_backward_case(name, dtype) for name in CONVOLUTIONS})
+
+
+@every_dtype
+def test_transposed_convolution_and_its_gradient(dtype: torch.dtype) -> None:
+    check(**{name: transposed_case(name, dtype) for name in TRANSPOSED})
 
 
 def batch_norm_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -166,6 +202,51 @@ def test_max_pool(dtype: torch.dtype) -> None:
     check(**{name: pool_case(name, dtype) for name in POOLS})
 
 
+def test_the_index_of_a_maximum_is_torchs() -> None:
+    """Where the model itself reads it; within the image of one channel."""
+    x, volume = randn(3, 4, 9, 7), randn(2, 3, 4, 6, 5)
+    pooled = aten.max_pool2d_with_indices(x, [2, 2])[0]
+    check(
+        plane=(lambda x: aten.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1]), (x,)),
+        volume=(lambda x: aten.max_pool3d_with_indices(x, [2, 2, 2]), (volume,)),
+        unpooled=(
+            lambda x, y: aten.max_unpool2d(y, aten.max_pool2d_with_indices(x, [2, 2])[1], [9, 7]),
+            (x, pooled),
+        ),
+    )
+
+
+@every_dtype
+def test_other_max_pools_and_their_gradients(dtype: torch.dtype) -> None:
+    def volume(x: Tensor, dy: Tensor) -> Any:
+        options = ([2, 3, 2], [2, 2, 1], [1, 1, 0], [1, 1, 2], False)
+        y, indices = aten.max_pool3d_with_indices(x, *options)
+        return y, aten.max_pool3d_with_indices_backward(dy, x, *options, indices)
+
+    def given(x: Tensor, dy: Tensor, indices: Tensor) -> Tensor:
+        options = ([2, 2], [1, 1], [0, 0], [1, 1], False)
+        return aten.max_pool2d_with_indices_backward(dy, x, *options, indices)
+
+    def adaptive(x: Tensor, dy: Tensor) -> Any:
+        y, indices = aten.adaptive_max_pool2d(x, [3, 2])
+        return y, indices, aten.adaptive_max_pool2d_backward(dy, x, indices)
+
+    def adaptive_volume(x: Tensor, dy: Tensor) -> Any:
+        y, indices = aten.adaptive_max_pool3d(x, [3, 2, 4])
+        return y, indices, aten.adaptive_max_pool3d_backward(dy, x, indices)
+
+    x = randn(2, 3, 5, 6, 7).to(dtype)
+    dy = randn(2, 3, 3, 3, 5, seed=1).to(dtype)
+    plane = randn(2, 3, 5, 4).to(dtype)
+    y, indices = aten.max_pool2d_with_indices(plane, [2, 2], [1, 1])
+    check(
+        volume=(volume, (x, dy)),
+        given=(given, (plane, randn(*y.shape, seed=1).to(dtype), indices)),
+        adaptive=(adaptive, (plane, randn(2, 3, 3, 2, seed=1).to(dtype))),
+        adaptive_volume=(adaptive_volume, (x, randn(2, 3, 3, 2, 4, seed=1).to(dtype))),
+    )
+
+
 @every_dtype
 def test_threshold_backward(dtype: torch.dtype) -> None:
     x, dy = (randn(5, 40) * 2).round().to(dtype), randn(5, 40, seed=1).to(dtype)
@@ -252,9 +333,10 @@ def test_layer_norm(dtype: torch.dtype) -> None:
 
 def test_every_form_has_a_test_here() -> None:
     source = "".join(file.read_text() for file in Path(__file__).parent.glob("test_onnx_*.py"))
+    names = {*FORMS, *OWN_DECOMPOSITIONS}
     untested = [
-        target._schema.name
-        for target in FORMS
-        if f"aten.{target._schema.name.removeprefix('aten::')}" not in source
+        name
+        for name in sorted({target._schema.name.removeprefix("aten::") for target in names})
+        if f"aten.{name}" not in source and f"aten.{name.removesuffix('_backward')}," not in source
     ]
     assert not untested

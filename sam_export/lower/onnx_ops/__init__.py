@@ -5,24 +5,29 @@ from sam_export.lower.onnx_ops import (
     arithmetic,
     batch_norm,
     convolution,
+    decompositions,
     division,
     error_function,
     layer_norm,
     pooling,
+    separable,
     sorting,
 )
-from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS
+from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
 
 __all__ = [
     "DECOMPOSED",
     "FORMS",
+    "OWN_DECOMPOSITIONS",
     "activation",
     "arithmetic",
     "batch_norm",
     "convolution",
+    "decompositions",
     "division",
     "error_function",
     "layer_norm",
     "pooling",
+    "separable",
     "sorting",
 ]

@@ -6,6 +6,11 @@ With ``x[N, C, *S]``, ``w[O, C, *K]``, ``dy[N, O, *G]`` (``S``, ``K``, ``G``: sp
     dx          = the transposed convolution of dy with w
     dw[o, c, k] = sum_{n, g} dy[n, o, g] * x[n, c, g * stride + k * dilation - padding]
 
+With ``groups``, ``w`` is ``[O, C / groups, *K]`` and each group of channels is a convolution of its
+own. A transposed convolution is the ``dx`` above as a function of ``dy`` and ``w``; so its gradient
+for its input is the ``y`` above, and for its weight ``dw`` with ``x`` and ``dy`` in each other's
+place.
+
 ONNX has an operator for ``y`` and for ``dx``, none for ``dw``; and ONNX Runtime's CPU has none of
 them in float64. Both are written with *patches*: for each kernel offset ``k`` the strided slice of
 the padded input, so that the sum over ``g`` and ``n`` is a matrix product.
@@ -21,7 +26,6 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
-from sam_export.errors import LoweringError
 from sam_export.lower.onnx_ops.table import ints, lowering, scalar, sizes, static
 
 _TINY_IMAGE = 16
@@ -57,22 +61,26 @@ def convolution(
 
     ONNX ``Conv`` is the same sum; in float64 it is written as patches and a matrix product.
     """
-    if transposed:
-        raise LoweringError("Transposed convolution has no ONNX form here yet.")
     spatial = len(sizes(w)) - 2
     stride, padding, dilation = (_spread(v, spatial) for v in (stride, padding, dilation))
-    grid = _grid(sizes(x)[2:], sizes(w)[2:], stride, padding, dilation)
-    if not _as_product(x, groups, grid):
-        extra = [] if b is None else [b]
-        return op.Conv(
-            x, w, *extra, strides=stride, pads=padding * 2, dilations=dilation, group=groups
-        )
-    kernel = static("A convolution kernel", sizes(w))
-    known = static("The image of a convolution", grid)
-    y = _product(_channels_first(x, padding), w, kernel, known, stride, dilation)
-    if b is not None:
-        y = op.Add(y, op.Reshape(b, ints(1, -1, *[1] * spatial)))
-    return y
+    if transposed:
+        kernel = static("A convolution kernel", sizes(w))
+        grid = static("The image of a transposed convolution", sizes(x)[2:])
+        window = [
+            (g - 1) * t - 2 * p + d * (k - 1) + 1 + e
+            for g, k, t, p, d, e in zip(
+                grid,
+                kernel[2:],
+                stride,
+                padding,
+                dilation,
+                _spread(output_padding, spatial),
+                strict=True,
+            )
+        ]
+        y = _input_gradient(x, w, kernel, window, grid, stride, padding, dilation, groups)
+        return y if b is None else op.Add(y, op.Reshape(b, ints(1, -1, *[1] * spatial)))
+    return _convolution(x, w, b, stride, padding, dilation, groups)
 
 
 @lowering("aten::convolution_backward")
@@ -96,8 +104,6 @@ def convolution_backward(
     See the formulas of this module. An output that is masked out is a constant nobody reads.
     """
     del bias_sizes, output_padding
-    if transposed:
-        raise LoweringError("The gradient of a transposed convolution has no ONNX form here yet.")
     kernel = static("A convolution kernel", sizes(w))
     spatial = len(kernel) - 2
     stride, padding, dilation = (_spread(v, spatial) for v in (stride, padding, dilation))
@@ -105,14 +111,41 @@ def convolution_backward(
     grid = static("The image of a convolution", sizes(dy)[2:])
     unused = scalar(0.0, dy)
     dx = dw = db = unused
-    if output_mask[0]:
+    if transposed:
+        if output_mask[0]:
+            dx = _convolution(dy, w, None, stride, padding, dilation, groups)
+        if output_mask[1]:
+            dw = _weight_gradient(x, dy, kernel, window, stride, padding, dilation, groups)
+    elif output_mask[0]:
         dx = _input_gradient(dy, w, kernel, window, grid, stride, padding, dilation, groups)
-    if output_mask[1]:
-        _one_group(groups)
-        dw = _weight_gradient(dy, x, kernel, grid, stride, padding, dilation)
+    if output_mask[1] and not transposed:
+        dw = _weight_gradient(dy, x, kernel, grid, stride, padding, dilation, groups)
     if output_mask[2]:
         db = op.ReduceSum(dy, ints(0, *range(2, 2 + spatial)), keepdims=0)
     return dx, dw, db
+
+
+def _convolution(
+    x: ir.Value,
+    w: ir.Value,
+    b: ir.Value | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Any:
+    grid = _grid(sizes(x)[2:], sizes(w)[2:], stride, padding, dilation)
+    if not _as_product(x, groups, grid):
+        extra = [] if b is None else [b]
+        return op.Conv(
+            x, w, *extra, strides=stride, pads=padding * 2, dilations=dilation, group=groups
+        )
+    kernel = static("A convolution kernel", sizes(w))
+    known = static("The image of a convolution", grid)
+    y = _product(_channels_first(x, padding), w, kernel, known, stride, dilation, groups)
+    if b is not None:
+        y = op.Add(y, op.Reshape(b, ints(1, -1, *[1] * len(stride))))
+    return y
 
 
 def _input_gradient(
@@ -143,7 +176,8 @@ def _input_gradient(
             output_padding=rest,
             group=groups,
         )
-    # dx is the convolution, at stride 1, of dy spread out by the stride with the flipped kernel.
+    # dx is the convolution, at stride 1, of dy spread out by the stride with the flipped kernel,
+    # in which the channels of a group have changed places.
     before = [r - p for r, p in zip(reach, padding, strict=True)]
     after = [b + e for b, e in zip(before, rest, strict=True)]
     spread = _spread_out(op.Transpose(dy, perm=_batch_last(len(grid))), kernel[0], grid, stride)
@@ -156,9 +190,15 @@ def _input_gradient(
         ints(*axes),
         ints(*[-1] * len(axes)),
     )
-    flipped = op.Transpose(flipped, perm=[1, 0, *axes])
-    turned = [kernel[1], kernel[0], *kernel[2:]]
-    return _product(spread, flipped, turned, window, [1] * len(grid), dilation)
+    per_group = kernel[0] // groups
+    turned = [groups * kernel[1], per_group, *kernel[2:]]
+    if groups == 1:
+        flipped = op.Transpose(flipped, perm=[1, 0, *axes])
+    else:
+        flipped = op.Reshape(flipped, ints(groups, per_group, *kernel[1:]))
+        flipped = op.Transpose(flipped, perm=[0, 2, 1, *(axis + 1 for axis in axes)])
+        flipped = op.Reshape(flipped, ints(*turned))
+    return _product(spread, flipped, turned, window, [1] * len(grid), dilation, groups)
 
 
 def _weight_gradient(
@@ -169,10 +209,11 @@ def _weight_gradient(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    groups: int,
 ) -> Any:
     out_channels, channels, *window = kernel
     axes = list(range(1, 1 + len(grid)))
-    if prod(grid) <= _SMALL_IMAGE:
+    if groups == 1 and prod(grid) <= _SMALL_IMAGE:
         # Channels first and batch last: patches are then copies of long runs.
         columns = _patches(_channels_first(x, padding), channels, window, grid, stride, dilation)
         rows = op.Reshape(op.Transpose(dy, perm=_batch_last(len(grid))), ints(out_channels, -1))
@@ -180,12 +221,19 @@ def _weight_gradient(
         product = op.Reshape(product, ints(out_channels, *window, channels))
         return op.Transpose(product, perm=[0, len(kernel) - 1, *axes])
     padded = _padded_images(x, padding)
-    rows = op.Reshape(dy, ints(0, out_channels, -1))
+    # [N, groups, channels of the group, pixels]; one group is no dimension.
+    split = [groups] if groups > 1 else []
+    rows = op.Reshape(dy, ints(0, *split, out_channels // groups, -1))
+    last = 2 + len(split)
     parts = []
     for slice_ in _slices(padded, window, grid, stride, dilation, first_axis=2):
-        image = op.Transpose(op.Reshape(slice_, ints(0, channels, -1)), perm=[0, 2, 1])
-        per_image = op.MatMul(rows, image)
-        parts.append(op.Unsqueeze(op.ReduceSum(per_image, ints(0), keepdims=0), ints(2)))
+        image = op.Reshape(slice_, ints(0, *split, channels, -1))
+        if channels == 1:  # depthwise: no matrix product to win anything by
+            part = op.ReduceSum(op.Mul(rows, image), ints(0, last), keepdims=0)
+        else:
+            image = op.Transpose(image, perm=[*range(last - 1), last, last - 1])
+            part = op.ReduceSum(op.MatMul(rows, image), ints(0), keepdims=0)
+        parts.append(op.Reshape(part, ints(out_channels, channels, 1)))
     joined = op.Concat(*parts, axis=2) if len(parts) > 1 else parts[0]
     return op.Reshape(joined, ints(*kernel))
 
@@ -197,12 +245,20 @@ def _product(
     grid: list[int],
     stride: list[int],
     dilation: list[int],
+    groups: int,
 ) -> Any:
     """Convolution of a padded ``[C, *S, N]`` image with ``w``, as ``[N, O, *G]``."""
     out_channels, channels, *window = kernel
-    columns = _patches(columns_of, channels, window, grid, stride, dilation)
+    columns = _patches(columns_of, groups * channels, window, grid, stride, dilation)
     axes = list(range(2, 2 + len(grid)))
-    rows = op.Reshape(op.Transpose(w, perm=[0, *axes, 1]), ints(out_channels, -1))
+    rows = op.Transpose(w, perm=[0, *axes, 1])
+    if groups == 1:
+        rows = op.Reshape(rows, ints(out_channels, -1))
+    else:
+        rows = op.Reshape(rows, ints(groups, out_channels // groups, -1))
+        columns = op.Reshape(columns, ints(prod(window), groups, channels, -1))
+        columns = op.Transpose(columns, perm=[1, 0, 2, 3])
+        columns = op.Reshape(columns, ints(groups, prod(window) * channels, -1))
     product = op.Reshape(op.MatMul(rows, columns), ints(out_channels, *grid, -1))
     return op.Transpose(product, perm=[1 + len(grid), *range(1 + len(grid))])
 
@@ -291,7 +347,6 @@ def _grid(
 def _as_product(value: ir.Value, groups: int, pixels: Sequence[int | None]) -> bool:
     """Whether a convolution is written as patches: it has to be in float64, it pays when tiny."""
     if value.dtype == ir.DataType.DOUBLE:
-        _one_group(groups)
         return True
     known = [size for size in pixels if size is not None]
     return groups == 1 and len(known) == len(pixels) and prod(known) <= _TINY_IMAGE
@@ -299,10 +354,3 @@ def _as_product(value: ir.Value, groups: int, pixels: Sequence[int | None]) -> b
 
 def _spread(values: Sequence[int], spatial: int) -> list[int]:
     return list(values) * spatial if len(values) == 1 else list(values)
-
-
-def _one_group(groups: int) -> None:
-    if groups != 1:
-        raise LoweringError(
-            f"A convolution with groups={groups} has no gradient in ONNX form here yet."
-        )

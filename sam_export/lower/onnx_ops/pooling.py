@@ -20,33 +20,39 @@ for 64 images of 64 channels and 4x4 pixels), and ``ScatterElements`` as long ag
 
 
 @lowering("aten::max_pool2d_with_indices")
-def max_pool2d(
+@lowering("aten::max_pool3d_with_indices")
+def max_pool(
     x: ir.Value,
     kernel_size: Sequence[int],
     stride: Sequence[int] = (),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
     ceil_mode: bool = False,
 ) -> Any:
     """aten::max_pool2d_with_indices(Tensor self, int[2] kernel_size, int[2] stride=[], int[2]
-    padding=0, int[2] dilation=1, bool ceil_mode=False) -> (Tensor, Tensor)
+    padding=0, int[2] dilation=1, bool ceil_mode=False) -> (Tensor, Tensor); and in 3d.
 
-    The second output is ONNX's own index, flat over the whole tensor, not torch's index within
-    the plane: only `max_pool2d_backward` reads it, and there it saves an addition.
+    ONNX's index is flat over the whole tensor, torch's is flat within an image of one channel: the
+    rest of a division by that image's size. `max_pool_backward` looks behind the division, which
+    then is dead.
     """
-    kernel = _pair(kernel_size)
-    return op.MaxPool(
+    image = sizes(x)[2:]
+    kernel = _spread(kernel_size, len(image))
+    y, flat = op.MaxPool(
         x,
         kernel_shape=kernel,
-        strides=_pair(stride) or kernel,
-        pads=_pair(padding) * 2,
-        dilations=_pair(dilation),
+        strides=_spread(stride, len(image)) if stride else kernel,
+        pads=_spread(padding, len(image)) * 2,
+        dilations=_spread(dilation, len(image)),
         ceil_mode=int(ceil_mode),
     )
+    # The largest of ties: torch takes the first in row-major order, and so does ONNX Runtime.
+    return y, op.Mod(flat, ints(prod(static("An image that is pooled", image))))
 
 
 @lowering("aten::max_pool2d_with_indices_backward")
-def max_pool2d_backward(
+@lowering("aten::max_pool3d_with_indices_backward")
+def max_pool_backward(
     dy: ir.Value,
     x: ir.Value,
     kernel_size: Sequence[int],
@@ -57,28 +63,61 @@ def max_pool2d_backward(
     indices: ir.Value,
 ) -> Any:
     """aten::max_pool2d_with_indices_backward(Tensor grad_output, Tensor self, int[2] kernel_size,
-    int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, Tensor indices) -> Tensor
+    int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, Tensor indices) -> Tensor;
+    and in 3d.
 
     ``dx[indices] += dy``, over the flat tensor. Windows that do not overlap hit each input once.
     Where windows tile a small image, no index is needed (`_tiled`).
     """
-    kernel = _pair(kernel_size)
     image = sizes(x)[2:]
-    tiled = (_pair(stride) or kernel) == kernel and not any(padding)
+    kernel = _spread(kernel_size, len(image))
+    strides = _spread(stride, len(image)) if stride else kernel
+    dilation = _spread(dilation, len(image))
+    tiled = strides == kernel and not any(padding) and len(image) == 2
     if tiled and set(dilation) == {1} and not ceil_mode and None not in image:
         grid = [s // k for s, k in zip(static("An image", image), kernel, strict=True)]
         whole = all(s % k == 0 for s, k in zip(static("An image", image), kernel, strict=True))
         if whole and prod(grid) <= _SMALL_IMAGE:
             return _tiled(dy, x, kernel, grid)
-    reach = [d * (k - 1) for d, k in zip(_pair(dilation), kernel, strict=True)]
-    disjoint = all(s > r for s, r in zip(_pair(stride) or kernel, reach, strict=True))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    disjoint = all(s > r for s, r in zip(strides, reach, strict=True))
+    division = indices.producer()
+    if division is None or division.op_type != "Mod":
+        return _scattered(dy, x, indices)
+    flat_indices = division.inputs[0]
     zeros = op.Expand(scalar(0.0, dy), op.Reshape(op.Size(x), ints(1)))
     flat = op.ScatterElements(
         zeros,
-        op.Reshape(indices, ints(-1)),
+        op.Reshape(flat_indices, ints(-1)),
         op.Reshape(dy, ints(-1)),
         axis=0,
         **({} if disjoint else {"reduction": "add"}),
+    )
+    return op.Reshape(flat, op.Shape(x))
+
+
+@lowering("aten::adaptive_max_pool2d_backward")
+@lowering("aten::adaptive_max_pool3d_backward")
+def adaptive_max_pool_backward(dy: ir.Value, x: ir.Value, indices: ir.Value) -> Any:
+    """aten::adaptive_max_pool2d_backward(Tensor grad_output, Tensor self, Tensor indices) -> Tensor
+
+    ``dx[indices] += dy`` within each image of one channel.
+    """
+    return _scattered(dy, x, indices)
+
+
+def _scattered(dy: ir.Value, x: ir.Value, indices: ir.Value) -> Any:
+    """``dx[indices] += dy`` within each image, with torch's own indices."""
+    spatial = 2 if len(sizes(x)) < 5 else 3
+    pixels = prod(static("An image that is pooled", sizes(x)[-spatial:]))
+    pooled = prod(static("An image that is pooled", sizes(dy)[-spatial:]))
+    zeros = op.Expand(scalar(0.0, dy), op.Shape(op.Reshape(x, ints(-1, pixels))))
+    flat = op.ScatterElements(
+        zeros,
+        op.Reshape(indices, ints(-1, pooled)),
+        op.Reshape(dy, ints(-1, pooled)),
+        axis=1,
+        reduction="add",
     )
     return op.Reshape(flat, op.Shape(x))
 
@@ -118,5 +157,5 @@ def _tiled(dy: ir.Value, x: ir.Value, kernel: list[int], grid: list[int]) -> Any
     return op.Transpose(whole, perm=[3, 0, 1, 2])
 
 
-def _pair(values: Sequence[int]) -> list[int]:
-    return list(values) * 2 if len(values) == 1 else list(values)
+def _spread(values: Sequence[int], spatial: int) -> list[int]:
+    return list(values) * spatial if len(values) == 1 else list(values)

@@ -32,6 +32,8 @@ DECOMPOSED: list[Any] = [
     # Into the error function, which has a form in float64.
     torch.ops.aten.gelu.default,
     torch.ops.aten.gelu_backward.default,
+    torch.ops.aten.max_unpool2d.default,
+    torch.ops.aten.max_unpool3d.default,
     torch.ops.aten.mv.default,
     torch.ops.aten.addmv.default,
     # Into products and sums with Python numbers, which `arithmetic` writes at full precision.
@@ -41,13 +43,32 @@ DECOMPOSED: list[Any] = [
 """Operators that torch's decompositions turn into simpler ones before the ONNX form is made."""
 
 
+OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""Operator overload to a function that computes it in simpler operators, as torch tensors."""
+
+
+def decomposition(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function that computes ``aten::name.overload`` in simpler operators.
+
+    The function gets and returns tensors. Torch's own decomposition, where there is one, gives way.
+    """
+    target = _overload(schema)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if target in OWN_DECOMPOSITIONS:
+            raise ValueError(f"{schema} has a decomposition already.")
+        OWN_DECOMPOSITIONS[target] = function
+        return function
+
+    return register
+
+
 def lowering(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the ONNX form of the ATen operator ``aten::name.overload``.
 
     The function gets the operator's arguments: ONNX values for tensors, Python values otherwise.
     """
-    name, _, overload = schema.removeprefix("aten::").partition(".")
-    target = getattr(getattr(torch.ops.aten, name), overload or "default")
+    target = _overload(schema)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if target in FORMS:
@@ -56,6 +77,12 @@ def lowering(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return register
+
+
+def _overload(schema: str) -> Any:
+    namespace, _, rest = schema.partition("::")
+    name, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
 
 
 def ints(*values: int) -> Any:
