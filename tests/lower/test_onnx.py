@@ -21,16 +21,27 @@ def make(model: nn.Module, **semantics: Any) -> sx.TrainStep:
 
 
 class Unsupported(nn.Module):
-    """Average and adaptive pooling: the exporter has no form of their gradients."""
+    """A grid sample and a Cholesky factor: there is no form of their gradients."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 3, 3)
-        self.pool = nn.AvgPool2d(2)
-        self.adaptive = nn.AdaptiveAvgPool2d(3)
+        self.warp = Warp()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adaptive(self.pool(self.conv(x))).mean((2, 3))
+        image = self.warp(self.conv(x))
+        factor = torch.linalg.cholesky(self.conv.weight[:, 0] @ self.conv.weight[:, 0].mT + 1)
+        return image.mean((2, 3)) + factor.mean()
+
+
+class Warp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid = nn.Parameter(torch.zeros(1, 4, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.grid.expand(x.shape[0], -1, -1, -1)
+        return nn.functional.grid_sample(x, grid, align_corners=False)
 
 
 def test_an_unknown_operator_stops_before_anything_is_written(tmp_path: Path) -> None:
@@ -39,9 +50,9 @@ def test_an_unknown_operator_stops_before_anything_is_written(tmp_path: Path) ->
     with pytest.raises(sx.LoweringError) as caught:
         sx.export(captured, tmp_path / "step", target="onnx")
     message = str(caught.value)
-    assert "aten::avg_pool2d_backward(Tensor grad_output" in message
-    assert "in ascent/pool" in message
-    assert "aten::_adaptive_avg_pool2d_backward" in message
+    assert "aten::grid_sampler_2d_backward(Tensor grad_output" in message
+    assert "in ascent/warp" in message
+    assert "aten::linalg_cholesky_ex" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,10 +66,15 @@ def test_random_operators_are_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_grouped_convolution_says_what_is_missing(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 3))
-    captured = sx.capture(make(model), (torch.randn(4, 4, 4, 4), torch.zeros(4).long()))
-    with pytest.raises(sx.LoweringError, match="groups=2"):
+class Norms(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + torch.ops.aten.linalg_vector_norm(self.weight, 3, [1])
+
+
+def test_an_operator_with_other_arguments_says_what_is_missing(tmp_path: Path) -> None:
+    captured = sx.capture(make(Norms(5, 3)), batches(1)[0])
+    with pytest.raises(sx.LoweringError, match=r"vector_norm\(ord=3.*dim=\[1\]"):
         sx.export(captured, tmp_path / "step", target="onnx")
 
 
