@@ -135,16 +135,11 @@ def _bits_63(words: Words, size: Sequence[int]) -> Tensor:
 
 def _log(x: Tensor) -> Tensor:
     """``ln x`` for 2^-34 <= x <= 1: ``ln x = e ln 2 + 2 atanh((m - 1) / (m + 1))``, x = m 2^e."""
-    exponent = torch.zeros_like(x)
-    for shift in (32, 16, 8, 4, 2, 1):
-        small = x < 2.0**-shift
-        x = torch.where(small, x * 2.0**shift, x)
-        exponent = torch.where(small, exponent - shift, exponent)
-    small = x < math.sqrt(0.5)
-    x = torch.where(small, x * 2.0, x)
-    exponent = torch.where(small, exponent - 1.0, exponent)
+    half = math.sqrt(0.5)
+    x, coarse = _raised(x, [half * 2.0 ** (-8 * j) for j in range(1, 5)], 2.0**8)
+    x, fine = _raised(x, [half * 2.0**-i for i in range(8)], 2.0)
     t = (x - 1.0) / (x + 1.0)
-    return exponent * math.log(2.0) + t * 2.0 * _polynomial(_ATANH, t * t)
+    return (coarse * 8.0 + fine) * -math.log(2.0) + t * 2.0 * _polynomial(_ATANH, t * t)
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -152,16 +147,35 @@ def _sqrt(x: Tensor) -> Tensor:
 
     ONNX Runtime's own is off by a rounding in some elements.
     """
-    scale = torch.full_like(x, 8.0)
-    x = x * 2.0**-6
-    for shift in (16, 8, 4, 2, 1):
-        small = x < 4.0**-shift
-        x = torch.where(small, x * 4.0**shift, x)
-        scale = torch.where(small, scale * 2.0**-shift, scale)
+    reduced = x * 2.0**-6
+    raised, _ = _raised(reduced, [4.0 ** (-8 * j) for j in range(1, 4)], 4.0**8)
+    x, _ = _raised(raised, [4.0**-i for i in range(1, 8)], 4.0)
+    scale = _power(reduced, [4.0 ** (-8 * j) for j in range(1, 4)], 2.0**-8) * 8.0
+    scale = scale * _power(raised, [4.0**-i for i in range(1, 8)], 0.5)
     root = x * 0.59 + 0.417  # within 3.5 % for 1/4 <= x < 1
     for _ in range(4):
         root = (root + x / root) * 0.5
     return root * scale
+
+
+def _raised(x: Tensor, bounds: Sequence[float], factor: float) -> tuple[Tensor, Tensor]:
+    """``x factor^n`` and ``n``, the number of bounds that ``x`` is below.
+
+    Every bound is compared with ``x`` itself. A chain, in which each step uses the value before it
+    several times, is inlined again and again by Inductor: minutes of compiling.
+    """
+    count = torch.zeros_like(x)
+    for bound in bounds:
+        count = count + (x < bound).to(x.dtype)
+    return x * _power(x, bounds, factor), count
+
+
+def _power(x: Tensor, bounds: Sequence[float], factor: float) -> Tensor:
+    """``factor^n`` for the number ``n`` of bounds that ``x`` is below."""
+    power = torch.ones_like(x)
+    for bound in bounds:
+        power = power * torch.where(x < bound, factor, 1.0).to(x.dtype)
+    return power
 
 
 def _cos_of_turn(turn: Tensor) -> Tensor:
