@@ -136,8 +136,14 @@ def _bits_63(words: Words, size: Sequence[int]) -> Tensor:
 def _log(x: Tensor) -> Tensor:
     """``ln x`` for 2^-34 <= x <= 1: ``ln x = e ln 2 + 2 atanh((m - 1) / (m + 1))``, x = m 2^e."""
     half = math.sqrt(0.5)
-    x, coarse = _raised(x, [half * 2.0 ** (-8 * j) for j in range(1, 5)], 2.0**8)
-    x, fine = _raised(x, [half * 2.0**-i for i in range(8)], 2.0)
+    eights, ones = (
+        [half * 2.0 ** (-8 * j) for j in range(1, 5)],
+        [half * 2.0**-i for i in range(8)],
+    )
+    coarse = _count(x, eights)
+    x = x * _power(x, eights, 2.0**8)
+    fine = _count(x, ones)
+    x = x * _power(x, ones, 2.0)
     t = (x - 1.0) / (x + 1.0)
     return (coarse * 8.0 + fine) * -math.log(2.0) + t * 2.0 * _polynomial(_ATANH, t * t)
 
@@ -148,18 +154,18 @@ def _sqrt(x: Tensor) -> Tensor:
     ONNX Runtime's own is off by a rounding in some elements.
     """
     reduced = x * 2.0**-6
-    raised, _ = _raised(reduced, [4.0 ** (-8 * j) for j in range(1, 4)], 4.0**8)
-    x, _ = _raised(raised, [4.0**-i for i in range(1, 8)], 4.0)
-    scale = _power(reduced, [4.0 ** (-8 * j) for j in range(1, 4)], 2.0**-8) * 8.0
-    scale = scale * _power(raised, [4.0**-i for i in range(1, 8)], 0.5)
+    eights, ones = [4.0 ** (-8 * j) for j in range(1, 4)], [4.0**-i for i in range(1, 8)]
+    raised = reduced * _power(reduced, eights, 4.0**8)
+    x = raised * _power(raised, ones, 4.0)
+    scale = _power(reduced, eights, 2.0**-8) * 8.0 * _power(raised, ones, 0.5)
     root = x * 0.59 + 0.417  # within 3.5 % for 1/4 <= x < 1
     for _ in range(4):
         root = (root + x / root) * 0.5
     return root * scale
 
 
-def _raised(x: Tensor, bounds: Sequence[float], factor: float) -> tuple[Tensor, Tensor]:
-    """``x factor^n`` and ``n``, the number of bounds that ``x`` is below.
+def _count(x: Tensor, bounds: Sequence[float]) -> Tensor:
+    """The number of bounds that ``x`` is below.
 
     Every bound is compared with ``x`` itself. A chain, in which each step uses the value before it
     several times, is inlined again and again by Inductor: minutes of compiling.
@@ -167,11 +173,11 @@ def _raised(x: Tensor, bounds: Sequence[float], factor: float) -> tuple[Tensor, 
     count = torch.zeros_like(x)
     for bound in bounds:
         count = count + (x < bound).to(x.dtype)
-    return x * _power(x, bounds, factor), count
+    return count
 
 
 def _power(x: Tensor, bounds: Sequence[float], factor: float) -> Tensor:
-    """``factor^n`` for the number ``n`` of bounds that ``x`` is below."""
+    """``factor^n`` for the number ``n`` of bounds that ``x`` is below; see `_count`."""
     power = torch.ones_like(x)
     for bound in bounds:
         power = power * torch.where(x < bound, factor, 1.0).to(x.dtype)
