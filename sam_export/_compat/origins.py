@@ -1,10 +1,10 @@
-"""Where a graph node came from: its stage of the step, and its module."""
+"""Where a graph node came from: its stage of the step, its module, the user's source line."""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,12 @@ from torch import Tensor, fx
 
 META = "sam_export"
 """Key in ``node.meta["custom"]`` under which a graph node carries where it came from."""
+
+SEQUENCE = "sam_export_sequence"
+"""Key of the number of the autograd node that a node of a backward pass belongs to."""
+
+LINE = "sam_export_line"
+"""Key of the user's source line."""
 
 
 class ModulePaths:
@@ -37,9 +43,12 @@ class ModulePaths:
         self._paths.append(self._stack[-1])
         self._stamp(self._stack[-1])
 
-    def _stamp(self, path: str) -> None:
+    def _stamp(self, path: str, number: int | None = None) -> None:
         if torch.fx.traceback.has_preserved_node_meta():
-            torch.fx.traceback.current_meta["custom"] = {META: f"{self.stage}/{path}".strip("/")}
+            custom: dict[str, Any] = {META: f"{self.stage}/{path}".strip("/")}
+            if number is not None:
+                custom[SEQUENCE] = number
+            torch.fx.traceback.current_meta["custom"] = custom
 
     def at(self, stage: str) -> None:
         """Names the stage of the step that follows (``ascent``, ``perturb``, ``update``)."""
@@ -55,9 +64,10 @@ class ModulePaths:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            index = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+            number = node._sequence_nr()
+            index = bisect.bisect_right(self._numbers, number) - 1
             path = self._paths[index] if index >= 0 else ""
-            node.register_prehook(lambda _, path=path: self._stamp(path))
+            node.register_prehook(lambda _, path=path, number=number: self._stamp(path, number))
             pending.extend(following for following, _ in node.next_functions)
 
     @contextlib.contextmanager
@@ -92,3 +102,33 @@ def origin_of(node: fx.Node) -> str:
 def stage_of(node: fx.Node) -> str:
     """``ascent``, ``descent`` or ``update``; empty when unknown."""
     return origin_of(node).partition("/")[0]
+
+
+def line_of(node: fx.Node) -> str:
+    """The user's source line that a node of a captured graph comes from; empty when unknown."""
+    return str((node.meta.get("custom") or {}).get(LINE, ""))
+
+
+def stamp_lines(graph: fx.Graph, user_line: Callable[[str], str]) -> None:
+    """Gives every node of a fresh trace the user's source line that it comes from.
+
+    A node of a backward pass has no line of its own; it gets that of the forward operator whose
+    autograd node it belongs to. Both carry that node's sequence number.
+
+    Args:
+        graph: As traced, with stack traces.
+        user_line: The line of a stack trace that is the user's; empty where there is none.
+    """
+    lines: dict[int, str] = {}
+    for node in graph.nodes:
+        custom = node.meta.get("custom")
+        if node.op != "call_function" or not custom:
+            continue
+        number = custom.get(SEQUENCE)
+        if number is None:
+            line = user_line(node.stack_trace or "")
+            lines.setdefault(node.meta.get("seq_nr", -1), line)
+        else:
+            line = lines.get(number, "")
+        if line:
+            node.meta["custom"] = {**custom, LINE: line}

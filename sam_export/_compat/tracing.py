@@ -136,19 +136,6 @@ def without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(old)
 
 
-def decomposed(
-    program: torch.export.ExportedProgram,
-    targets: Sequence[Any],
-    own: dict[Any, Callable[..., Any]],
-) -> torch.export.ExportedProgram:
-    """``program`` with torch's own decompositions of ``targets``, and those of ``own``, applied.
-
-    ``torch._decomp`` is where they live; `torch.export.default_decompositions` offers them all or
-    none by name.
-    """
-    return decomposed_by(program, {**torch._decomp.get_decompositions(targets), **own})
-
-
 def decomposed_by(
     program: torch.export.ExportedProgram, table: dict[Any, Callable[..., Any]]
 ) -> torch.export.ExportedProgram:

@@ -11,11 +11,12 @@ import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 import torch
 
-from sam_export._compat import onnx_exporter, origins, tracing
+from sam_export._compat import onnx_exporter, origins
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
-from sam_export.errors import LoweringError, SamExportError
+from sam_export.errors import LoweringError
 from sam_export.lower.onnx_ops import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
 from sam_export.lower.onnx_random import draws_as_inputs, draws_as_places
+from sam_export.lower.onnx_refusal import Refusals, refusal
 
 OPSET = 18
 """Newer opsets lack CUDA kernels in onnxruntime-training 1.19.2 and fall back to the CPU."""
@@ -36,15 +37,24 @@ def onnx_model(
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
-    program = tracing.decomposed(draws_as_places(program), DECOMPOSED, OWN_DECOMPOSITIONS)
+    program = onnx_exporter.decomposed(
+        draws_as_places(program), OPSET, FORMS, DECOMPOSED, OWN_DECOMPOSITIONS
+    )
+    missing = onnx_exporter.without_form(program, OPSET, FORMS)
     for node in program.graph.nodes:
         # The exporter writes the module stack into each ONNX node; it carries our origin there.
         node.meta["nn_module_stack"] = {"origin": (origins.origin_of(node), "sam_export")}
+    refusals = Refusals(program, FORMS)
     outputs = [output.name for output in spec.outputs]
+    if missing:
+        raise refusal(spec.name, [(node, "") for node in missing])
     try:
-        model = onnx_exporter.to_onnx(program, list(spec.inputs), outputs, OPSET, FORMS)
+        model = onnx_exporter.to_onnx(program, list(spec.inputs), outputs, OPSET, refusals.forms)
     except Exception as error:
-        raise _explained(error, program, spec) from error
+        if not refusals.found:
+            raise _explained(error, spec) from error
+    if refusals.found:
+        raise refusal(spec.name, refusals.found)
     model.ir_version = IR_VERSION
     drawn = draws_as_inputs(model)
     _simplify(model)
@@ -126,23 +136,10 @@ def _declare(values: list[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
         value.shape = ir.Shape(spec.shape)
 
 
-def _explained(
-    error: Exception, program: torch.export.ExportedProgram, spec: ProgramSpec
-) -> LoweringError:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, SamExportError):
-            return LoweringError(f"Program {spec.name!r} has no ONNX form: {cause}")
-        cause = cause.__cause__
-    missing = onnx_exporter.without_onnx_form(program, FORMS)
-    if missing:
-        lines = "\n".join(
-            f"  {schema}  ({count}x, in {origin or 'the step'})"
-            for schema, (count, origin) in missing.items()
-        )
-        return LoweringError(f"Program {spec.name!r} holds operators with no ONNX form:\n{lines}")
+def _explained(error: Exception, spec: ProgramSpec) -> LoweringError:
     text = str(error).strip().splitlines()
+    cause = error.__cause__ or error
     return LoweringError(
-        f"Program {spec.name!r} cannot be exported to ONNX: {type(error).__name__}: "
-        f"{text[0] if text else ''}"
+        f"Program {spec.name!r} cannot be exported to ONNX: {text[0] if text else ''} "
+        f"({type(cause).__name__}: {cause})"
     )

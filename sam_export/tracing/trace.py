@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sam_export._compat import tracing
+from sam_export._compat import origins, tracing
 from sam_export.errors import CaptureError, SamExportError
 
 # Operators that pass their input on unchanged once nothing in the graph mutates.
@@ -23,6 +25,14 @@ _PASS_THROUGH = {
     torch.ops.aten.alias.default,
     torch.ops.aten.lift_fresh_copy.default,
 }
+
+
+_NOT_THE_USERS = (
+    str(Path(__file__).parents[1]) + os.sep,
+    str(Path(torch.__file__).parent) + os.sep,
+)
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(\S[^\n]*))?')
 
 
 def traced(
@@ -55,6 +65,7 @@ def traced(
         raise explained(error) from error
     _refuse_guards(fakes, dims, faked)
     _drop_profiler(raw)
+    origins.stamp_lines(raw.graph, _line_in_text)
     program = exported(raw, arguments, dims)
     graph_module = _functional(program)
     _drop_pass_through(graph_module)
@@ -189,10 +200,19 @@ def user_line(error: BaseException) -> str:
 
 def innermost_user_line(stack: Iterable[traceback.FrameSummary]) -> str:
     """The last frame outside torch and this package; empty where there is none."""
-    ours = (str(Path(__file__).parents[1]) + os.sep, str(Path(torch.__file__).parent) + os.sep)
-    frames = [frame for frame in stack if not frame.filename.startswith((*ours, "<"))]
+    frames = [frame for frame in stack if not frame.filename.startswith((*_NOT_THE_USERS, "<"))]
     if not frames:
         return ""
     frame = frames[-1]
     source = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
     return f"{frame.filename}:{frame.lineno}, in {frame.name}: {source}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _line_in_text(stack_trace: str) -> str:
+    """`innermost_user_line` of a stack trace that is text, as the nodes of a trace carry it."""
+    frames = (match.groups() for match in _FRAME.finditer(stack_trace))
+    return innermost_user_line(
+        traceback.FrameSummary(file, int(number), name, lookup_line=False, line=line)
+        for file, number, name, line in frames
+    )

@@ -51,8 +51,13 @@ def test_an_unknown_operator_stops_before_anything_is_written(tmp_path: Path) ->
         sx.export(captured, tmp_path / "step", target="onnx")
     message = str(caught.value)
     assert "aten::grid_sampler_2d_backward(Tensor grad_output" in message
-    assert "in ascent/warp" in message
+    assert "(2x, in ascent/warp)" in message  # of both passes
     assert "aten::linalg_cholesky_ex" in message
+    # The user's line of a forward operator, and of the forward operator that a gradient is of.
+    assert message.count(f"at {__file__}:") == 5, message
+    assert "in forward: return nn.functional.grid_sample(x, grid, align_corners=False)" in message
+    assert "in forward: factor = torch.linalg.cholesky(" in message
+    assert "docs/add_an_op.md" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,16 +71,31 @@ def test_random_operators_are_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-class Norms(nn.Linear):
+class Refused(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y + torch.ops.aten.linalg_vector_norm(self.weight, 3, [1])
+        first = nn.functional.interpolate(y[None], scale_factor=2.0, mode="linear")[0, :, ::2]
+        return first + torch.nn.functional.adaptive_max_pool1d(y[None], 3)[0]
 
 
-def test_an_operator_with_other_arguments_says_what_is_missing(tmp_path: Path) -> None:
-    captured = sx.capture(make(Norms(5, 3)), batches(1)[0])
-    with pytest.raises(sx.LoweringError, match=r"vector_norm\(ord=3.*dim=\[1\]"):
+def test_operators_with_other_arguments_are_all_named(tmp_path: Path, monkeypatch: Any) -> None:
+    """A form that refuses its arguments does not hide the next one."""
+    from sam_export.lower.onnx_ops.table import FORMS
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise sx.LoweringError("Not for these arguments.")
+
+    for name in ("upsample_linear1d", "upsample_linear1d_backward", "gather"):
+        monkeypatch.setitem(FORMS, getattr(torch.ops.aten, name).default, refuse)
+    captured = sx.capture(make(Refused(5, 3)), batches(1)[0])
+    with pytest.raises(sx.LoweringError) as caught:
         sx.export(captured, tmp_path / "step", target="onnx")
+    message = str(caught.value)
+    for name in ("upsample_linear1d", "upsample_linear1d_backward", "gather"):
+        assert f"aten::{name}(" in message
+    assert message.count("Not for these arguments.") == 3
+    assert 'interpolate(y[None], scale_factor=2.0, mode="linear")' in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_target_lists_the_known_ones(tmp_path: Path) -> None:
