@@ -6,10 +6,13 @@ from sam_export.lower.onnx_ops import (
     arithmetic,
     batch_norm,
     convolution,
+    ctc,
     decompositions,
     division,
+    embedding_bag,
     error_function,
     gamma,
+    grid_sample,
     layer_norm,
     losses,
     norms,
@@ -20,6 +23,7 @@ from sam_export.lower.onnx_ops import (
     selection,
     separable,
     sorting,
+    views,
 )
 from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
 
@@ -32,10 +36,13 @@ __all__ = [
     "arithmetic",
     "batch_norm",
     "convolution",
+    "ctc",
     "decompositions",
     "division",
+    "embedding_bag",
     "error_function",
     "gamma",
+    "grid_sample",
     "layer_norm",
     "losses",
     "norms",
@@ -46,4 +53,5 @@ __all__ = [
     "selection",
     "separable",
     "sorting",
+    "views",
 ]
