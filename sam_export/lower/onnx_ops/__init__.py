@@ -11,6 +11,7 @@ from sam_export.lower.onnx_ops import (
     exact_activation,
     layer_norm,
     pooling,
+    recurrent,
     separable,
     sorting,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "exact_activation",
     "layer_norm",
     "pooling",
+    "recurrent",
     "separable",
     "sorting",
 ]
