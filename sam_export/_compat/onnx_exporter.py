@@ -25,6 +25,8 @@ from torch.onnx._internal.exporter import (
     _registration,
 )
 
+from sam_export._compat.tracing import forget_history
+
 Forms = Mapping[Any, Callable[..., Any]]
 
 
@@ -75,17 +77,31 @@ def decomposed(
     registry = _registry(opset, forms)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     table = _decomp.create_onnx_friendly_decomposition_table(known)
-    table = {**table, **torch._decomp.get_decompositions(targets), **own}
+    table = {**table, **torch._decomp.get_decompositions(targets)}
+    table |= {target: _contiguous(function) for target, function in own.items()}
     # As the exporter does it: sizes of 0 and 1 are as symbolic as others.
     with (
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
+        forget_history(program.graph_module)
         result = program.run_decompositions(table)
         _fx_passes.insert_type_promotion_nodes(result.graph_module)
         result._graph_module = _fx_passes.remove_assertion_nodes(result.graph_module)
     return result
+
+
+def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with results row by row, as ATen's are: the views behind them rely on it."""
+
+    def laid_out(*arguments: Any, **named: Any) -> Any:
+        results = function(*arguments, **named)
+        if isinstance(results, torch.Tensor):
+            return results.contiguous()
+        return tuple(result.contiguous() for result in results)
+
+    return laid_out
 
 
 def without_form(program: torch.export.ExportedProgram, opset: int, forms: Forms) -> list[fx.Node]:

@@ -1,8 +1,8 @@
 """An ONNX node with a subgraph, written while a form of ours runs.
 
 onnxscript's evaluator counts the outputs of a ``Scan`` from an ONNX message, not from an `onnx_ir`
-graph; torch's exporter has this for its own control flow. `onnxscript.opset18.Scan` replaces it once
-that takes an `onnx_ir.Graph`.
+graph; torch's exporter has this for its own control flow. `onnxscript.opset18.Scan` replaces it
+once that takes an `onnx_ir.Graph`.
 """
 
 from __future__ import annotations

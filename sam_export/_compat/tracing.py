@@ -142,5 +142,15 @@ def decomposed_by(
     """``program`` with the decompositions of ``table`` applied."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
+        forget_history(program.graph_module)
         result: torch.export.ExportedProgram = program.run_decompositions(table)
     return result
+
+
+def forget_history(graph_module: fx.GraphModule) -> None:
+    """Drops from each node the record of the nodes it was made from.
+
+    Each re-tracing adds a link and copies the whole chain for every node, a sixth of its time.
+    """
+    for node in graph_module.graph.nodes:
+        node.meta.pop("from_node", None)

@@ -15,7 +15,7 @@ from sam_export._compat import onnx_exporter, origins
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError
 from sam_export.lower.onnx_ops import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
-from sam_export.lower.onnx_random import draws_as_inputs, draws_as_places
+from sam_export.lower.onnx_random import DRAWS_AS_PLACES, draws_as_inputs
 from sam_export.lower.onnx_refusal import Refusals, refusal
 
 OPSET = 18
@@ -38,7 +38,7 @@ def onnx_model(
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
     program = onnx_exporter.decomposed(
-        draws_as_places(program), OPSET, FORMS, DECOMPOSED, OWN_DECOMPOSITIONS
+        program, OPSET, FORMS, DECOMPOSED, {**OWN_DECOMPOSITIONS, **DRAWS_AS_PLACES}
     )
     missing = onnx_exporter.without_form(program, OPSET, FORMS)
     for node in program.graph.nodes:

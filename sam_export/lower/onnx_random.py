@@ -15,25 +15,11 @@ import sympy
 import torch
 from torch import Tensor
 
-from sam_export._compat import tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract
 from sam_export.tracing.randomness import drawn_nodes
 
 _DOMAIN = "sam_export"
 _WORDS, _MASK = "RandomWords", "RandomMask"
-
-
-def draws_as_places(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """``program`` with a symbolic ONNX operator in the place of every draw."""
-    if not drawn_nodes(program.graph):
-        return program
-    return tracing.decomposed_by(
-        program,
-        {
-            torch.ops.sam_export.random_words.default: _place_of_words,
-            torch.ops.sam_export.random_mask.default: _place_of_mask,
-        },
-    )
 
 
 def _place_of_words(seed: Tensor, step: Tensor, size: Sequence[int], stream: int) -> Tensor:
@@ -52,6 +38,13 @@ def _place(
     return torch.onnx.ops.symbolic(
         f"{_DOMAIN}::{name}", (), attrs=attributes, dtype=dtype, shape=tuple(size), version=1
     )
+
+
+DRAWS_AS_PLACES = {
+    torch.ops.sam_export.random_words.default: _place_of_words,
+    torch.ops.sam_export.random_mask.default: _place_of_mask,
+}
+"""Decompositions that put a symbolic ONNX operator in the place of every draw."""
 
 
 def random_inputs(

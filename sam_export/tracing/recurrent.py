@@ -11,7 +11,7 @@ With ``x[t]`` the inputs' part (``W_ih x + b_ih + b_hh``), ``w = W_hh`` and gate
     c[t] = f * c[t-1] + i * g
     h[t] = o * tanh(c[t])
 
-Source: S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", 1997, in the form of `torch.nn.LSTM`.
+Source: S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", 1997, as `torch.nn.LSTM` has it.
 """
 
 from __future__ import annotations

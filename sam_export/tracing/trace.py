@@ -77,6 +77,7 @@ def exported(
     graph_module: fx.GraphModule, arguments: Sequence[Tensor], dims: Sequence[Mapping[int, str]]
 ) -> torch.export.ExportedProgram:
     """``graph_module`` as an exported program with the symbolic sizes of ``dims``."""
+    tracing.forget_history(graph_module)
     symbols: dict[str, Any] = {}
     shapes = tuple(
         {
@@ -105,7 +106,7 @@ def exported(
 def _functional(program: torch.export.ExportedProgram) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        functional = program.run_decompositions({})
+        functional = tracing.decomposed_by(program, {})
     module = functional.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     # Plain flat arguments and results, so that outputs may be dropped.

@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
-from sam_export.errors import LoweringError
 from sam_export.lower.onnx_ops.table import lowering, numpy_dtype, scalar
 
 Operand: TypeAlias = ir.Value | int | float
@@ -200,29 +199,3 @@ def _constant(value: Any, dtype: int | None, like: ir.Value | None) -> Any:
     else:  # torch's own defaults
         kind = np.dtype({bool: np.bool_, int: np.int64, float: np.float32}[type(value)])
     return op.Constant(value=ir.tensor(np.array(value, kind)))
-
-
-@lowering("aten::linalg_vector_norm")
-def vector_norm(
-    x: ir.Value,
-    ord: float = 2,
-    dim: Sequence[int] | None = None,
-    keepdim: bool = False,
-    dtype: int | None = None,
-) -> Any:
-    """aten::linalg_vector_norm(Tensor self, Scalar ord=2, int[1]? dim=None, bool keepdim=False, *,
-    ScalarType? dtype=None) -> Tensor
-
-    ``sqrt(sum(x^2))``. ``ReduceL2`` of a float64 tensor is right to float32 only in ONNX Runtime
-    1.19.2, so there the sum and the root are two operators.
-    """
-    if ord != 2 or dim is not None or keepdim:
-        raise LoweringError(
-            f"vector_norm(ord={ord}, dim={dim}, keepdim={keepdim}) has no ONNX form here yet."
-        )
-    if dtype not in (None, -1):
-        x = op.Cast(x, to=dtype)
-        double = ir.DataType(dtype) == ir.DataType.DOUBLE
-    else:
-        double = x.dtype == ir.DataType.DOUBLE
-    return op.Sqrt(op.ReduceSumSquare(x, keepdims=0)) if double else op.ReduceL2(x, keepdims=0)

@@ -7,7 +7,7 @@ does not loop over them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,51 +49,7 @@ def diagonal_backward(
     return diagonal_scatter(grad.new_zeros(input_sizes), grad, offset, dim1, dim2)
 
 
-# -- running maxima -------------------------------------------------------------------------------
-
-
-def _running(better: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-    def form(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        if x.dim() == 0:
-            return x.clone(), torch.zeros_like(x, dtype=torch.int64)
-        size = x.shape[dim]
-        shape = [1] * x.dim()
-        shape[dim] = size
-        places = torch.arange(size, device=x.device).reshape(shape).expand(x.shape)
-        values, shift = x, 1
-        # After the pass with shift s, element i holds the best of the last 2 s up to it.
-        while shift < size:
-            earlier = values.narrow(dim, 0, size - shift)
-            earlier_places = places.narrow(dim, 0, size - shift)
-            later = values.narrow(dim, shift, size - shift)
-            wins = better(later, earlier) | later.isnan()
-            head, head_places = values.narrow(dim, 0, shift), places.narrow(dim, 0, shift)
-            values = torch.cat([head, torch.where(wins, later, earlier)], dim)
-            kept = places.narrow(dim, shift, size - shift)
-            places = torch.cat([head_places, torch.where(wins, kept, earlier_places)], dim)
-            shift *= 2
-        return values, places
-
-    return form
-
-
-# aten::cummax(Tensor self, int dim) -> (Tensor values, Tensor indices); of ties the last one.
-decomposition("aten::cummax")(_running(lambda later, earlier: later >= earlier))
-# aten::cummin(Tensor self, int dim) -> (Tensor values, Tensor indices)
-decomposition("aten::cummin")(_running(lambda later, earlier: later <= earlier))
-
-
-@decomposition("aten::kthvalue")
-def kthvalue(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    """aten::kthvalue(Tensor self, SymInt k, int dim=-1, bool keepdim=False) -> (Tensor values,
-    Tensor indices)
-
-    By a stable sort. Of ties ATen takes any.
-    """
-    if x.dim() == 0:
-        return x.clone(), torch.zeros_like(x, dtype=torch.int64)
-    values, indices = (part.select(dim, k - 1) for part in torch.sort(x, stable=True, dim=dim))
-    return (values.unsqueeze(dim), indices.unsqueeze(dim)) if keepdim else (values, indices)
+# -- pooling --------------------------------------------------------------------------------------
 
 
 @decomposition("aten::adaptive_max_pool2d")
@@ -193,3 +149,95 @@ def fmin(x: Tensor, y: Tensor) -> Tensor:
     """aten::fmin(Tensor self, Tensor other) -> Tensor: the smaller; of NaN and a number, the
     number."""
     return torch.where((x <= y) | (y != y), x, y)
+
+
+@decomposition("prims::signbit")
+def signbit(x: Tensor) -> Tensor:
+    """prims::signbit(Tensor self) -> Tensor: whether a number is negative, -0 included.
+
+    ``1 / -0`` is minus infinity.
+    """
+    if not x.is_floating_point():
+        return x < 0
+    return (x < 0) | ((x == 0) & (1.0 / x < 0))
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+@decomposition("aten::masked_scatter_backward")
+def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Sequence[int]) -> Tensor:
+    """aten::masked_scatter_backward(Tensor grad_output, Tensor mask, SymInt[] sizes) -> Tensor
+
+    The gradient of the source: its k-th element went to the k-th place of the mask.
+    """
+    taken = mask.expand(grad.shape).reshape(-1)
+    place = (taken.to(torch.int64).cumsum(0) - 1).clamp_min(0)
+    kept = torch.where(taken, grad.reshape(-1), 0.0)
+    return grad.new_zeros([math.prod(sizes)]).scatter_add(0, place, kept).reshape(sizes)
+
+
+@decomposition("aten::index_reduce")
+def index_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """aten::index_reduce(Tensor self, int dim, Tensor index, Tensor source, str reduce, *, bool
+    include_self=True) -> Tensor
+
+    ``scatter_reduce`` with the same index for each slice along ``dim``.
+    """
+    if x.dim() == 0:
+        flat = (x.reshape(1), 0, index.reshape(-1), source.reshape(-1), reduce)
+        return torch.scatter_reduce(*flat, include_self=include_self).reshape(())
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    places = index.reshape(shape).expand(source.shape)
+    return torch.scatter_reduce(x, dim, places, source, reduce, include_self=include_self)
+
+
+@decomposition("aten::as_strided_scatter")
+@decomposition("prims::as_strided_scatter")
+def as_strided_scatter(
+    x: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
+    """aten::as_strided_scatter(Tensor self, Tensor src, SymInt[] size, SymInt[] stride, SymInt?
+    storage_offset=None) -> Tensor
+
+    ``x``, laid out row by row, with ``src[i]`` at ``storage_offset + sum_d i_d * stride_d``.
+    """
+    place = torch.zeros((), dtype=torch.int64, device=x.device) + (storage_offset or 0)
+    for extent, step in zip(size, stride, strict=True):
+        place = place.unsqueeze(-1) + torch.arange(extent, device=x.device) * step
+    flat = x.reshape(-1).scatter(0, place.reshape(-1), src.reshape(-1))
+    return flat.reshape(x.shape)
+
+
+# -- products -------------------------------------------------------------------------------------
+
+
+@decomposition("aten::_trilinear")
+def trilinear(
+    i1: Tensor,
+    i2: Tensor,
+    i3: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """aten::_trilinear(Tensor i1, Tensor i2, Tensor i3, int[] expand1, int[] expand2, int[]
+    expand3, int[] sumdim, int unroll_dim=1) -> Tensor
+
+    ``sum over sumdim of i1 * i2 * i3``, each with new dimensions where its ``expand`` says.
+    """
+    factors = []
+    for factor, dims in ((i1, expand1), (i2, expand2), (i3, expand3)):
+        for dim in dims:
+            factor = factor.unsqueeze(dim)
+        factors.append(factor)
+    return (factors[0] * factors[1] * factors[2]).sum(list(sumdim))
