@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 
+from sam_export._compat.origins import origin_of
 from sam_export.artifact.folder import Lowered
 from sam_export.errors import LoweringError
 from sam_export.tracing.captured_step import CapturedStep
+from sam_export.tracing.recurrent import LOOPS
 
 LOWERINGS = {
     "onnx": "sam_export.lower.onnx",
@@ -19,6 +21,9 @@ LOWERINGS = {
 
 BOUND_TO_A_DEVICE = ("aot-inductor",)
 """Targets whose files run on one kind of device only; their ``lower`` takes it."""
+
+WITH_LOOPS = ("onnx",)
+"""Targets that can hold the loop of an LSTM over a symbolic number of tokens."""
 
 
 def lower(captured: CapturedStep, target: str, device: str = "cpu") -> Lowered:
@@ -43,6 +48,8 @@ def lower(captured: CapturedStep, target: str, device: str = "cpu") -> Lowered:
             f"Target {target!r} needs the package {error.name!r}, which is not installed. "
             "Install sam_export[export]."
         ) from error
+    if target not in WITH_LOOPS:
+        _refuse_loops(captured, target)
     if target in BOUND_TO_A_DEVICE:
         lowered = module.lower(captured, device)
     elif device == "cpu":
@@ -54,3 +61,15 @@ def lower(captured: CapturedStep, target: str, device: str = "cpu") -> Lowered:
         )
     assert isinstance(lowered, Lowered)
     return lowered
+
+
+def _refuse_loops(captured: CapturedStep, target: str) -> None:
+    for program in captured.programs.values():
+        for node in program.graph.nodes:
+            if node.target in LOOPS:
+                raise LoweringError(
+                    f"Target {target!r} cannot hold the LSTM in {origin_of(node) or 'the step'}, "
+                    "whose number of tokens is symbolic: only "
+                    f"{', '.join(WITH_LOOPS)} can loop. Capture with that number fixed, which "
+                    "makes a copy of the cell per token: dynamic='batch'."
+                )

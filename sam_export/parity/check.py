@@ -32,6 +32,7 @@ from sam_export.parity.rollout import (
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, worst_per_step
 from sam_export.step.train_step import TrainStep
+from sam_export.tracing.dynamic import Dynamic
 
 DEFAULT_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
 
@@ -58,6 +59,7 @@ def check_parity(
     seed: int = 0,
     tolerances: Tolerances | None = None,
     progress: Progress | None = None,
+    dynamic: Dynamic = "batch",
 ) -> ParityReport:
     """Compares the step of each target with plain eager PyTorch, by name and by change.
 
@@ -78,12 +80,15 @@ def check_parity(
         seed: Of torch's generators before each step and of the oracle's permutations.
         tolerances: Other numbers than the defaults.
         progress: Called with a phase, the steps done and the steps to do.
+        dynamic: Which sizes stay symbolic in the targets, as `capture` takes it: ``"batch"``, None,
+            or per input ``{"x": {0: "batch", 1: "time"}}``. The batches may then differ in them.
 
     Returns:
         The report. A target that cannot be built or run is a failed one, not an error.
 
     Raises:
         ParityError: Nothing can be compared: no batch, no step, no target, or eager itself fails.
+        StepConfigError: ``dynamic`` does not fit the batch.
         CaptureError: The step cannot be captured.
     """
     existing = dict(sessions or {})
@@ -97,7 +102,7 @@ def check_parity(
         with _kept_state(runs):
             for run in runs:
                 begin(run, panel, reset=True)
-            built, failures = _built(step, batches, chosen, device, Path(folder), tell)
+            built, failures = _built(step, batches, chosen, device, Path(folder), tell, dynamic)
             for run in built:
                 begin(run, panel, reset=False)
             runs += built
@@ -172,6 +177,7 @@ def _built(
     device: str,
     folder: Path,
     tell: Progress,
+    dynamic: Dynamic,
 ) -> tuple[list[Run], dict[str, TargetReport]]:
     """Exports the step to every target and loads it from there; failures become reports."""
     if not targets:
@@ -180,7 +186,7 @@ def _built(
     from sam_export.tracing.capture import capture
 
     tell("capture", 0, 1)
-    captured = capture(step, _example(step, batches[0]), dynamic="batch")
+    captured = capture(step, _example(step, batches[0]), dynamic=dynamic)
     tell("capture", 1, 1)
     runs, failures = [], {}
     for index, target in enumerate(targets):

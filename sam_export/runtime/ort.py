@@ -33,6 +33,12 @@ _TYPES = {
     "bool": "tensor(bool)",
 }
 
+FLOAT32_FUSIONS = ("MatmulTransposeFusion", "QuickGeluFusion")
+"""Optimizers of ONNX Runtime that fuse float64 nodes into operators it has in float32 only.
+
+The first one takes MatMul and Transpose, the second one ``x * sigmoid(x)``.
+"""
+
 
 class OrtEngine:
     """Holds the state as ``OrtValue``s on the device and runs the programs on it.
@@ -215,9 +221,8 @@ class OrtEngine:
         return self._sessions[program]
 
     def _disabled_optimizers(self) -> list[str]:
-        """ONNX Runtime fuses a float64 MatMul and Transpose into an operator it does not have."""
         double = any(spec.dtype == "float64" for spec in self._artifact.contract.state)
-        return ["MatmulTransposeFusion"] if double else []
+        return list(FLOAT32_FUSIONS) if double else []
 
     def _provider_options(self) -> list[Any]:
         if self._kind == "cpu":

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sam_export._compat import origins, tracing
 from sam_export.errors import CaptureError, SamExportError
+from sam_export.tracing.recurrent import LoopedRecurrence
 
 # Operators that pass their input on unchanged once nothing in the graph mutates.
 _PASS_THROUGH = {
@@ -57,7 +58,7 @@ def traced(
     fakes = tracing.FakeInputs()
     faked = [fakes.fake(value, dict(marks)) for value, marks in zip(arguments, dims, strict=True)]
     try:
-        with fakes.mode:
+        with fakes.mode, LoopedRecurrence():  # type: ignore[no-untyped-call]
             raw = tracing.trace(function, faked)
     except SamExportError:
         raise

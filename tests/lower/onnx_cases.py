@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sam_export._compat import tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.lower.onnx_graph import onnx_model
+from sam_export.runtime.ort import FLOAT32_FUSIONS
 
 # A float32 sum of n products is off by about sqrt(n) * eps; the largest here has n = 2,000.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -64,7 +65,7 @@ def run_onnx(cases: Sequence[Case]) -> list[list[Tensor]]:
     contract = StepContract((), (), batch, "tuple", {}, (step,), "tensor", (), "none")
     model = onnx_model(program, step, contract)
     session = ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), disabled_optimizers=["MatmulTransposeFusion"]
+        ir.to_proto(model).SerializeToString(), disabled_optimizers=list(FLOAT32_FUSIONS)
     )
     fed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     found = iter(session.run(None, fed))

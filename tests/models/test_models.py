@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from models import digits_cnn, gpt, mlp, vit, wide_resnet
+from models import (
+    bert,
+    convnext,
+    digits_cnn,
+    gpt,
+    lstm,
+    mixer,
+    mlp,
+    mobile_net,
+    resnet,
+    swin,
+    unet,
+    vit,
+    wide_resnet,
+)
 from models.digits import iterate, load_digits
 
 SMALL_WRN: dict[str, Any] = {"depth": 10, "width": 1, "image_size": 8, "batch_size": 4}
@@ -19,6 +33,14 @@ RECIPES = [
     pytest.param(wide_resnet.recipe, SMALL_WRN, (4, 3, 8, 8), id="wide_resnet"),
     pytest.param(vit.recipe, {}, (32, 1, 8, 8), id="vit"),
     pytest.param(gpt.recipe, {"width": 16, "depth": 1}, (12, 64), id="gpt"),
+    pytest.param(resnet.recipe, {}, (32, 1, 8, 8), id="resnet"),
+    pytest.param(mobile_net.recipe, {}, (32, 1, 8, 8), id="mobile_net"),
+    pytest.param(convnext.recipe, {}, (32, 1, 8, 8), id="convnext"),
+    pytest.param(swin.recipe, {}, (32, 1, 8, 8), id="swin"),
+    pytest.param(unet.recipe, {}, (32, 1, 8, 8), id="unet"),
+    pytest.param(mixer.recipe, {}, (32, 1, 8, 8), id="mixer"),
+    pytest.param(bert.recipe, {}, (12, 32), id="bert"),
+    pytest.param(lstm.recipe, {}, (32, 8), id="lstm"),
 ]
 
 
@@ -30,6 +52,24 @@ def test_wide_resnet_has_as_many_parameters_as_the_paper_says(
     with torch.device("meta"):
         model = wide_resnet.WideResNet(depth, width)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+# torchvision's figures for resnet50 and resnext50_32x4d with 1000 classes.
+@pytest.mark.parametrize(
+    ("groups", "width", "expected"), [(1, 64, 25_557_032), (32, 4, 25_028_904)]
+)
+def test_resnet_50_has_as_many_parameters_as_torchvisions(
+    groups: int, width: int, expected: int
+) -> None:
+    with torch.device("meta"):
+        model = resnet.ResNet(groups=groups, group_width=width)
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_resnet_refuses_channels_that_the_groups_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"channels=3.*groups=4"):
+        resnet.ResNet((1,), 3, groups=4)
 
 
 def test_wide_resnet_refuses_a_depth_that_it_cannot_have() -> None:
@@ -77,11 +117,13 @@ def test_recipe_gives_a_step_and_eight_batches_of_the_documented_shape(
 ) -> None:
     step, batches = recipe(**options)
     assert len(batches) == 8
-    assert {tuple(x.shape) for x, _ in batches} == {shape}
-    assert {y.dtype for _, y in batches} == {torch.int64}
-    logits = step.model(batches[0][0])
-    assert logits.shape[:-1] == batches[0][1].shape
-    assert logits.shape[-1] > int(max(y.max() for _, y in batches))
+    assert {tuple(batch[0].shape) for batch in batches} == {shape}
+    assert {batch[-1].dtype for batch in batches} == {torch.int64}
+    *inputs, y = batches[0]
+    logits = step.model(*inputs)
+    classes = logits.shape[1] if recipe is unet.recipe else logits.shape[-1]
+    assert logits.numel() == y.numel() * classes
+    assert classes > int(max(batch[-1].max() for batch in batches))
     assert step.optimizer.param_groups[0]["rho"] == 0.05
 
 
@@ -108,7 +150,7 @@ def test_recipe_in_float64_has_no_float32_left(
 ) -> None:
     del shape
     step, batches = recipe(dtype="float64", **options)
-    tensors = [*step.model.parameters(), *step.model.buffers(), *(x for x, _ in batches)]
+    tensors = [*step.model.parameters(), *step.model.buffers(), *(x for b in batches for x in b)]
     assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
 
 
@@ -180,3 +222,72 @@ def test_a_vit_takes_each_pixel_once() -> None:
     assert seen[0].shape == (1, 16, 4)
     assert seen[0][0, 1].tolist() == [2, 3, 10, 11]
     assert sorted(seen[0].flatten().tolist()) == list(range(64))
+
+
+def test_a_bert_sees_no_padding() -> None:
+    step, batches = bert.recipe(num_batches=1)
+    model = step.model.eval()
+    x, mask, _ = batches[0]
+    assert not mask.all()
+    other = torch.where(mask, x, 0)
+    with torch.no_grad():
+        assert torch.allclose(model(x, mask)[mask], model(other, mask)[mask], atol=1e-5)
+        assert not torch.allclose(model(x, mask), model(x, mask | True), atol=1e-3)
+
+
+def test_a_bert_guesses_hidden_characters_only() -> None:
+    _, batches = bert.recipe(num_batches=2)
+    for x, mask, y in batches:
+        guessed = y != bert.IGNORED
+        assert guessed.any(1).all()
+        assert (guessed <= mask).all()
+        assert len(x[guessed].unique()) == 1
+        assert 0.05 < float(guessed.sum() / mask.sum()) < 0.35
+
+
+def test_the_windows_of_a_swin_are_put_back_where_they_were() -> None:
+    x = torch.randn(2, 8, 12, 3)
+    windows = swin.windows_of(x, 4)
+    assert windows.shape == (2, 6, 16, 3)
+    assert torch.equal(windows[:, 1], x[:, :4, 4:8].flatten(1, 2))
+    assert torch.equal(swin.image_of(windows, 4, 8, 12), x)
+
+
+@pytest.mark.parametrize(("row", "column", "seen"), [(3, 3, 16), (0, 0, 4), (0, 4, 8), (7, 7, 4)])
+def test_a_token_of_a_shifted_window_sees_its_neighbours_only(
+    row: int, column: int, seen: int
+) -> None:
+    attention = swin.WindowAttention(4, 1, size=8, window=4, shift=2).double()
+    x = torch.randn(1, 8, 8, 4, dtype=torch.float64, requires_grad=True)
+    attention(x)[0, row, column].sum().backward()
+    assert x.grad is not None
+    places = x.grad[0].abs().sum(-1).nonzero()
+    assert len(places) == seen
+    assert int((places - torch.tensor([row, column])).abs().max()) < 4
+
+
+def test_a_swin_refuses_windows_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"window=4 does not divide stage 1's size 6"):
+        swin.Swin(image_size=12)
+
+
+def test_a_mobile_net_names_the_activations_it_knows() -> None:
+    with pytest.raises(ValueError, match=r"activation='relu'.*hardswish, silu"):
+        mobile_net.MobileNet(activation="relu")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_unet_answers_for_every_pixel(transposed: bool) -> None:
+    step, batches = unet.recipe(transposed=transposed, num_batches=1)
+    x, y = batches[0]
+    assert step.model(x).shape == (32, 11, 8, 8)
+    assert torch.equal(y == unet.PAPER, x[:, 0] <= 0.5)
+    assert {len(image.unique()) for image in y} == {2}
+
+
+def test_an_lstm_reads_the_whole_passage() -> None:
+    step, batches = lstm.recipe(num_batches=1)
+    x = batches[0][0][:1]
+    other = x.clone()
+    other[0, 0] += 1
+    assert not torch.allclose(step.model(x), step.model(other))

@@ -1,0 +1,22 @@
+"""An ONNX node with a subgraph, written while a form of ours runs.
+
+onnxscript's evaluator counts the outputs of a ``Scan`` from an ONNX message, not from an `onnx_ir`
+graph; torch's exporter has this for its own control flow. `onnxscript.opset18.Scan` replaces it
+once that takes an `onnx_ir.Graph`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
+
+
+def scan(inputs: Sequence[ir.Value], body: ir.Graph, **attributes: Any) -> Sequence[ir.Value]:
+    """``Scan`` over ``inputs``; its results are those of ``body``."""
+    results: Sequence[ir.Value] = call_op(
+        "Scan", *inputs, _num_outputs=len(body.outputs), body=body, **attributes
+    )
+    return results
