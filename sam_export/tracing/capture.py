@@ -33,6 +33,7 @@ from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
 from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
+from sam_export.tracing.losses import TraceableLosses
 from sam_export.tracing.randomness import (
     drawn_nodes,
     frozen_draws_refused,
@@ -83,7 +84,7 @@ def capture(
     values = layout.tensors(batch)
     dims = dims_of(dynamic, layout.names, values)
     values = at_least_two(values, dims)
-    with _kernels(portable), frozen_draws_refused():
+    with _kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
         return _Capture(step, layout, values, dims, state, return_outputs, portable).run()
 

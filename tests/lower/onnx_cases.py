@@ -124,7 +124,7 @@ def check(tolerances: Mapping[str, float] | None = None, /, **cases: Case) -> No
             own = (tolerances or {}).get(name, TOLERANCE[dtype])
             if not error <= own and not torch.equal(result, wanted):
                 wrong[f"{name}, output {index}"] = error
-    assert not wrong
+    assert not wrong, wrong
 
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnxscript import opset18 as op
 
 from sam_export.lower.onnx_ops.table import ints, lowering, numpy_dtype, scalar, sizes
@@ -179,6 +180,20 @@ def full(size: Sequence[Any], value: float, dtype: Any = None, **_: Any) -> Any:
         ]
         shape = op.Concat(*parts, axis=0)
     return op.Expand(constant, shape)
+
+
+@lowering("aten::linspace")
+def linspace(start: float, end: float, steps: int, dtype: Any = None, **_: Any) -> Any:
+    """aten::linspace(Scalar start, Scalar end, int steps, *, ScalarType? dtype=None, ...) -> Tensor
+
+    The operator's own values; the exporter computes them in float32.
+    """
+    kind = torch.float32 if dtype in (None, -1) else getattr(torch, _torch_name(dtype))
+    return op.Constant(value=ir.tensor(torch.linspace(start, end, steps, dtype=kind).numpy()))
+
+
+def _torch_name(dtype: int) -> str:
+    return str(np.dtype(ir.DataType(dtype).numpy()))
 
 
 @lowering("aten::scalar_tensor")

@@ -176,6 +176,7 @@ def fmin(x: Tensor, y: Tensor) -> Tensor:
     return torch.where((x <= y) | (y != y), x, y)
 
 
+@decomposition("aten::signbit")
 @decomposition("prims::signbit")
 def signbit(x: Tensor) -> Tensor:
     """prims::signbit(Tensor self) -> Tensor: whether a number is negative, -0 included.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sam_export.errors import LoweringError
 from sam_export.lower.onnx_ops.table import decomposition
 
 _SUM, _MEAN, _MAX = 0, 1, 2
@@ -101,6 +102,11 @@ def embedding_bag_backward(
 
     The bags are read from ``offsets``: ATen leaves ``offset2bag`` empty for sums.
     """
+    if scale_grad_by_freq:
+        raise LoweringError(
+            "embedding_bag(scale_grad_by_freq=True) is refused: PyTorch's own gradient on the CPU "
+            "divides by the counts of other indices (2.13), so there is nothing to be equal to."
+        )
     zeros = grad.new_zeros([num_weights, grad.shape[1]])
     if mode == _MAX:
         there = maximum_indices >= 0
@@ -112,8 +118,6 @@ def embedding_bag_backward(
     share = torch.where(counts, 1.0, 0.0).to(grad.dtype)
     if per_sample_weights is not None:
         share = share * per_sample_weights
-    if scale_grad_by_freq:
-        share = share / (indices.unsqueeze(1) == indices).to(grad.dtype).sum(1)
     return zeros.index_add(0, indices, grad[bags] * share.unsqueeze(1))
 
 

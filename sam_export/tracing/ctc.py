@@ -19,11 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from sam_export.lower.onnx_ops.table import decomposition
 
 Lengths = Tensor | Sequence[int]
 
@@ -120,72 +119,83 @@ def _loss(alpha: Tensor, lengths: Tensor, labels: _Labels) -> Tensor:
     return -_joined(*last.unbind(1))
 
 
-@decomposition("aten::_ctc_loss")
-@decomposition("aten::_ctc_loss.Tensor")
-def ctc_loss(
+class _CTC(torch.autograd.Function):
+    """The loss of each example, with ATen's gradient."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        log_probs: Tensor,
+        targets: Tensor,
+        input_lengths: Lengths,
+        target_lengths: Lengths,
+        blank: int,
+    ) -> Tensor:
+        labels = _spread(targets, target_lengths, log_probs.shape[1], blank)
+        lengths = _as_tensor(input_lengths, targets)
+        alpha = _forward(log_probs, labels)
+        loss = _loss(alpha, lengths, labels)
+        context.save_for_backward(log_probs, alpha, loss)
+        context.labels, context.lengths = labels, lengths
+        return loss
+
+    @staticmethod
+    def backward(context: Any, *grads: Tensor) -> Any:
+        log_probs, alpha, loss = context.saved_tensors
+        dx = _gradient(log_probs, alpha, loss, context.lengths, context.labels)
+        return dx * grads[0].reshape(1, -1, 1), None, None, None, None
+
+
+def ctc_losses(
     log_probs: Tensor,
     targets: Tensor,
     input_lengths: Lengths,
     target_lengths: Lengths,
     blank: int = 0,
-    zero_infinity: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """aten::_ctc_loss(Tensor log_probs, Tensor targets, int[] input_lengths, int[] target_lengths,
-    int blank=0, bool zero_infinity=False) -> (Tensor, Tensor)
-
-    The loss of each example, and ``alpha``.
-    """
-    del zero_infinity  # the caller does that
-    labels = _spread(targets, target_lengths, log_probs.shape[1], blank)
-    alpha = _forward(log_probs, labels)
-    return _loss(alpha, _as_tensor(input_lengths, targets), labels), alpha
-
-
-@decomposition("aten::_ctc_loss_backward")
-@decomposition("aten::_ctc_loss_backward.Tensor")
-def ctc_loss_backward(
-    grad: Tensor,
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Lengths,
-    target_lengths: Lengths,
-    neg_log_likelihood: Tensor,
-    log_alpha: Tensor,
-    blank: int,
-    zero_infinity: bool = False,
 ) -> Tensor:
-    """aten::_ctc_loss_backward(Tensor grad, Tensor log_probs, Tensor targets, int[] input_lengths,
-    int[] target_lengths, Tensor neg_log_likelihood, Tensor log_alpha, int blank, bool
-    zero_infinity=False) -> Tensor
+    """The CTC loss of each example, infinite where no path fits.
 
-    ``grad * (exp(p_t(c)) - exp(logsumexp_{s: label c}(alpha_t(s) + beta_t(s)) + loss - p_t(c)))``,
-    zero behind an example's own length.
+    Args:
+        log_probs: Of each class, [time, batch, classes].
+        targets: int64 labels, [batch, labels], or all in a row.
+        input_lengths: Time steps of each example.
+        target_lengths: Labels of each example.
+        blank: Number of the blank label.
+
+    Returns:
+        [batch], of the dtype of ``log_probs``.
     """
-    labels = _spread(targets, target_lengths, log_probs.shape[1], blank)
-    lengths = _as_tensor(input_lengths, targets).unsqueeze(1)
+    losses: Tensor = _CTC.apply(log_probs, targets, input_lengths, target_lengths, blank)
+    return losses
+
+
+def _gradient(
+    log_probs: Tensor, alpha: Tensor, loss: Tensor, lengths: Tensor, labels: _Labels
+) -> Tensor:
+    """``exp(p_t(c)) - exp(logsumexp_{s: label c}(alpha_t(s) + beta_t(s)) + loss - p_t(c))``.
+
+    Zero behind an example's own length, and where the loss is infinite.
+    """
+    lengths = lengths.unsqueeze(1)
     never = torch.full_like(labels.spread, float("-inf"), dtype=log_probs.dtype)
-    alpha = _forward(log_probs, labels)
-    count = log_probs.shape[0]
     beta, parts = never, []
     # A label that skips may be reached from two before it: so from s, s + 2 decides.
     ahead = torch.cat([labels.skips[:, 2:], torch.zeros_like(labels.skips[:, :2])], 1)
-    hits = labels.spread.unsqueeze(2) == torch.arange(log_probs.shape[2], device=grad.device)
-    for time in reversed(range(count)):
-        emitted = log_probs[time].gather(1, labels.spread)
+    classes = torch.arange(log_probs.shape[2], device=log_probs.device)
+    hits = (labels.spread.unsqueeze(2) == classes) & labels.inside.unsqueeze(2)
+    possible = torch.isfinite(loss).unsqueeze(1)
+    known = torch.where(possible, loss.unsqueeze(1), 0.0)
+    for time in reversed(range(log_probs.shape[0])):
+        probs = log_probs[time]
+        emitted = probs.gather(1, labels.spread)
         over = torch.where(ahead, _moved(beta, -2), never)
         later = emitted + _joined(beta, _moved(beta, -1), over)
         final = torch.where(_ends(labels), emitted, never)
         beta = torch.where(lengths - 1 == time, final, later)
         beta = torch.where(labels.inside & (time < lengths), beta, never)
         paths = (alpha[:, time] + beta).unsqueeze(2)
-        collected = torch.where(hits & labels.inside.unsqueeze(2), paths, float("-inf"))
-        most = collected.amax(1)
-        safe = torch.where(torch.isinf(most), 0.0, most)
-        total = (collected - safe.unsqueeze(1)).exp().sum(1).log() + safe
-        probs = log_probs[time]
-        share = (total + neg_log_likelihood.unsqueeze(1) - probs).exp()
-        parts.append(torch.where(time < lengths, probs.exp() - share, 0.0))
-    result = torch.stack(parts[::-1], 0) * grad.reshape(1, -1, 1)
-    if zero_infinity:
-        result = torch.where(torch.isinf(neg_log_likelihood).reshape(1, -1, 1), 0.0, result)
-    return result
+        collected = torch.where(hits, paths, float("-inf"))
+        total = _joined(*collected.unbind(1))
+        share = (total + known - probs).exp()
+        parts.append(torch.where((time < lengths) & possible, probs.exp() - share, 0.0))
+    return torch.stack(parts[::-1], 0)
