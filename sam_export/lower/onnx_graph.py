@@ -7,14 +7,13 @@ from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
-import onnxscript.optimizer
 import torch
 
 from sam_export._compat import onnx_exporter, origins
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError
 from sam_export.lower.onnx_ops import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
+from sam_export.lower.onnx_passes import simplify
 from sam_export.lower.onnx_random import DRAWS_AS_PLACES, draws_as_inputs
 from sam_export.lower.onnx_refusal import Refusals, refusal
 
@@ -57,24 +56,13 @@ def onnx_model(
         raise refusal(spec.name, refusals.found)
     model.ir_version = IR_VERSION
     drawn = draws_as_inputs(model)
-    _simplify(model)
+    simplify(model)
     _own_outputs(model.graph, spec.inputs, outputs)
     _name(model)
     inputs = [value for value in model.graph.inputs if value not in drawn]
     _declare(inputs, contract.inputs_of(spec))
     _declare(model.graph.outputs, spec.outputs)
     return model
-
-
-def _simplify(model: ir.Model) -> None:
-    passes.InlinePass()(model)
-    onnxscript.optimizer.fold_constants(model, output_size_limit=4096)
-    passes.IdentityEliminationPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.DeduplicateInitializersPass()(model)
 
 
 def _own_outputs(graph: ir.Graph, inputs: tuple[str, ...], names: list[str]) -> None:
