@@ -28,6 +28,15 @@ CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
     "1x1": ((4, 6, 5, 5), (3, 6, 1, 1), (1, 1), (0, 0), (1, 1)),
     "1x1 stride": ((4, 6, 6, 5), (3, 6, 1, 1), (2, 2), (0, 0), (1, 1)),
     "large padding": ((2, 3, 5, 5), (4, 3, 3, 3), (1, 1), (3, 4), (1, 1)),
+    "1x1, more pixels": ((2, 17, 9, 8), (5, 17, 1, 1), (1, 1), (0, 0), (1, 1)),
+    "many channels": ((3, 17, 6, 7), (5, 17, 3, 2), (2, 1), (1, 1), (1, 1)),
+    "to more channels": ((2, 18, 17, 16), (19, 18, 3, 2), (1, 1), (1, 0), (1, 2)),
+    "to fewer channels": ((2, 19, 17, 16), (4, 19, 3, 2), (1, 1), (1, 0), (1, 2)),
+    "padding beyond the kernel": ((2, 19, 16, 9), (4, 19, 3, 3), (1, 1), (3, 1), (1, 1)),
+    "few channels of many pixels": ((2, 8, 20, 18), (4, 8, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "winograd": ((32, 18, 4, 4), (17, 18, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "winograd, odd": ((22, 24, 6, 3), (26, 24, 3, 3), (1, 1), (1, 2), (1, 1)),
+    "winograd, no padding": ((40, 21, 5, 5), (20, 21, 3, 3), (1, 1), (0, 0), (1, 1)),
     "many pixels": ((2, 3, 20, 18), (4, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
     "many pixels, stride": ((2, 3, 40, 37), (4, 3, 5, 3), (2, 2), (2, 1), (1, 1)),
     "1d": ((3, 4, 17), (5, 4, 3), (2,), (1,), (1,)),
@@ -149,7 +158,7 @@ def fixed_gradient(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, var: Tensor) 
 @every_dtype
 def test_batch_norm(dtype: torch.dtype) -> None:
     cases: dict[str, Case] = {}
-    for shape in ((6, 5), (6, 5, 7), (3, 4, 5, 6)):
+    for shape in ((6, 5), (6, 5, 7), (3, 4, 5, 6), (3, 4, 12, 11)):
         given = batch_norm_inputs(shape, dtype)
         for function in (
             in_training,
@@ -160,7 +169,7 @@ def test_batch_norm(dtype: torch.dtype) -> None:
             fixed_gradient,
         ):
             names = inspect.signature(function).parameters
-            key = f"{function.__name__}, rank {len(shape)}"
+            key = f"{function.__name__}, {shape}"
             cases[key] = function, [given[name] for name in names]
     check(**cases)
 
