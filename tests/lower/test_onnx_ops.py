@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sam_export.lower.onnx_ops import FORMS, OWN_DECOMPOSITIONS
-from tests.lower.onnx_cases import Case, check, every_dtype, randn
+from tests.lower.onnx_cases import Case, check, every_dtype, randn, run_onnx
 
 aten = torch.ops.aten
 
@@ -338,6 +338,62 @@ def test_layer_norm(dtype: torch.dtype) -> None:
             key = f"{name}, shape {shape}, last {count}"
             cases[key] = function, [x, *(value for value in given if value is not None)]
     check(**cases)
+
+
+@every_dtype
+def test_layer_norm_backward(dtype: torch.dtype) -> None:
+    """All three gradients, or some; with a weight and without."""
+    cases: dict[str, Case] = {}
+    for shape, count in (((6, 5), 1), ((3, 4, 5), 2), ((3, 4, 5), 1)):
+        x, dy = (randn(*shape) * 3 + 1).to(dtype), randn(*shape, seed=3).to(dtype)
+        w = randn(*shape[-count:], seed=1).to(dtype)
+        _, mean, rstd = aten.native_layer_norm(x, list(shape[-count:]), w, w, 1e-3)
+        for mask in ([True, True, True], [True, False, False], [False, True, True]):
+
+            def function(
+                dy: Tensor,
+                x: Tensor,
+                mean: Tensor,
+                rstd: Tensor,
+                *w: Tensor,
+                own: list[int] = list(shape[-count:]),  # noqa: B006
+                mask: list[bool] = mask,
+            ) -> Any:
+                weight = w[0] if w else None
+                found = aten.native_layer_norm_backward(
+                    dy, x, own, mean, rstd, weight, weight, mask if w else [mask[0], False, False]
+                )
+                return [gradient for gradient in found if gradient is not None]
+
+            cases[f"{shape}, last {count}, {mask}"] = function, [dy, x, mean, rstd, w]
+            if mask[0]:
+                cases[f"{shape}, last {count}, {mask}, plain"] = function, [dy, x, mean, rstd]
+    check(**cases)
+
+
+@every_dtype
+def test_safe_softmax(dtype: torch.dtype) -> None:
+    """With scores of -inf, with whole rows of them, with scores that are far apart."""
+    x = randn(3, 4, 5, 5).to(dtype) * 3
+    causal = x.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    rows = x.masked_fill(torch.arange(5).unsqueeze(1) == 2, -torch.inf)
+    check(
+        plain=(lambda x: aten._safe_softmax(x, -1), [x]),
+        causal=(lambda x: aten._safe_softmax(x, -1), [causal]),
+        rows=(lambda x: aten._safe_softmax(x, -1), [rows]),
+        other_axis=(lambda x: aten._safe_softmax(x, 1), [rows]),
+        far=(lambda x: aten._safe_softmax(x, 3), [x * 300]),
+    )
+
+
+@every_dtype
+def test_masked_scores_get_no_weight_at_all(dtype: torch.dtype) -> None:
+    x = randn(2, 6).to(dtype)
+    x[:, 3:] = -torch.inf
+    x[1] = -torch.inf
+    ((y,),) = run_onnx([(lambda x: aten._safe_softmax(x, -1), [x])])
+    assert not y[0, 3:].any()
+    assert not y[1].any()
 
 
 def test_every_form_has_a_test_here() -> None:

@@ -11,6 +11,7 @@ from sam_export.lower.onnx_ops import (
     layer_norm,
     pooling,
     separable,
+    softmax,
     sorting,
 )
 from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
@@ -29,5 +30,6 @@ __all__ = [
     "layer_norm",
     "pooling",
     "separable",
+    "softmax",
     "sorting",
 ]
