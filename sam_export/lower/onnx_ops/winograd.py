@@ -173,8 +173,10 @@ def gradients(
     if wanted[1]:
         taps = _spread(x, given.inputs, channels)
         product = op.MatMul(op.Transpose(spread, perm=[0, 1, 2, 4, 3]), taps)
-        product = op.Reshape(op.ReduceSum(product, ints(1), keepdims=0), ints(16, -1))
-        dw = op.MatMul(_constant(given.kernel.T), product)
+        # The sum over rows of tiles is part of the product with (G (x) G)^T.
+        tiles = given.outputs[0].shape[1] // 4
+        rows = np.repeat(given.kernel.T.reshape(9, 4, 1, 4), tiles, axis=2).reshape(9, -1)
+        dw = op.MatMul(_constant(rows), op.Reshape(product, ints(rows.shape[1], -1)))
         dw = op.Reshape(op.Transpose(dw, perm=[1, 0]), ints(out_channels, channels, 3, 3))
     return dx, dw
 
