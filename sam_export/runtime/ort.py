@@ -215,9 +215,13 @@ class OrtEngine:
         return self._sessions[program]
 
     def _disabled_optimizers(self) -> list[str]:
-        """ONNX Runtime fuses a float64 MatMul and Transpose into an operator it does not have."""
+        """Two that are wrong in float64.
+
+        1.19.2 fuses MatMul and Transpose into an operator that it does not have in float64; 1.31.1
+        has it, and takes a scalar factor into it, as a float32 number.
+        """
         double = any(spec.dtype == "float64" for spec in self._artifact.contract.state)
-        return ["MatmulTransposeFusion"] if double else []
+        return ["MatmulTransposeFusion", "MatMulScaleFusion"] if double else []
 
     def _provider_options(self) -> list[Any]:
         if self._kind == "cpu":

@@ -60,7 +60,8 @@ def run_onnx(cases: Sequence[Case]) -> list[list[Tensor]]:
     contract = StepContract((), (), batch, "tuple", {}, (step,), "tensor", (), "none")
     model = onnx_model(program, step, contract)
     session = ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), disabled_optimizers=["MatmulTransposeFusion"]
+        ir.to_proto(model).SerializeToString(),
+        disabled_optimizers=["MatmulTransposeFusion", "MatMulScaleFusion"],  # as `runtime.ort` does
     )
     fed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     found = iter(session.run(None, fed))

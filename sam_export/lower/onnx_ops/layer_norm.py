@@ -63,7 +63,7 @@ def native_layer_norm_backward(
     With ``xc = x - mean`` of a row of ``n`` elements, ``p = dy * xc``, and sums over the row for
     ``dx``, over all rows for ``dw`` and ``db``::
 
-        dx = rstd * (dy * w - sum(dy * w) / n) - xc * rstd^3 * sum(p * w) / n
+        dx = dy * w * rstd - sum(dy * w) * (rstd / n) - xc * sum(p * w) * (rstd^3 / n)
         dw = sum(rstd * p);  db = sum(dy)
 
     The sums with ``w`` and ``rstd`` are products of a matrix and a vector, which read ``dy`` and
@@ -74,18 +74,20 @@ def native_layer_norm_backward(
     n = prod(shape)
     rows = ints(-1, n)
     whole, narrow = op.Shape(x), ints(-1, 1)
-    # Weights over n, as a column: a product with it is the mean over a row.
-    column = op.Reshape(w, narrow) if w is not None else op.Reshape(full(n, 1.0, x), narrow)
-    column = op.Div(column, scalar(float(n), x))
+    column = full(n, 1.0, x) if w is None else w
+    column = op.Reshape(column, narrow)
     dy, mean, rstd = op.Reshape(dy, rows), op.Reshape(mean, narrow), op.Reshape(rstd, narrow)
     centred = op.Sub(op.Reshape(x, rows), mean)
     p = op.Mul(dy, centred)
     dx = dw = db = scalar(0.0, x)
     if output_mask[0]:
-        along = op.Mul(op.MatMul(p, column), op.Mul(rstd, op.Mul(rstd, rstd)))
+        # No factor of a product is a constant number: onnxruntime 1.31.1 takes such a one into the
+        # product as a float32 number, also in float64.
+        share = op.Div(rstd, scalar(float(n), x))
+        slope = op.Mul(op.MatMul(p, column), op.Mul(share, op.Mul(rstd, rstd)))
         weighted = dy if w is None else op.Mul(dy, op.Reshape(w, ints(n)))
-        shifted = op.Sub(weighted, op.MatMul(dy, column))
-        dx = op.Sub(op.Mul(shifted, rstd), op.Mul(centred, along))
+        shifted = op.Sub(op.Mul(weighted, rstd), op.Mul(op.MatMul(dy, column), share))
+        dx = op.Sub(shifted, op.Mul(centred, slope))
         dx = op.Reshape(dx, whole)
     if output_mask[1]:
         dw = op.Reshape(op.MatMul(op.Reshape(rstd, ints(1, -1)), p), ints(*shape))
