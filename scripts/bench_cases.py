@@ -105,6 +105,23 @@ def _gpt(name: str, dropout: float) -> Case:
     return Case(name, description, recipe, model, loss, draws=dropout > 0)
 
 
+def _vit(name: str, dropout: float) -> Case:
+    options = {"dropout": dropout, "drop_path": dropout}
+
+    def recipe() -> Any:
+        from models import vit
+
+        return vit.recipe(SEED, 32, optimizer=OPTIMIZER, rho=RHO, **options)
+
+    def model() -> nn.Module:
+        from models.vit import ViT
+
+        return _seeded(lambda: ViT(**options))
+
+    description = f"ViT, 4 blocks of 64, 16 tokens{_with(dropout)}, batch 32"
+    return Case(name, description, recipe, model, draws=dropout > 0)
+
+
 def _with(dropout: float) -> str:
     return f", dropout {dropout:g}" if dropout else ""
 
@@ -130,6 +147,8 @@ CASES = {
         _digits_cnn("digits_cnn_32", 32),
         _wide_resnet("wide_resnet"),
         _wide_resnet("wide_resnet_dropout", 0.3),
+        _vit("vit", 0.0),
+        _vit("vit_dropout", 0.1),
         _gpt("gpt", 0.0),
         _gpt("gpt_dropout", 0.1),
         _mlp(

@@ -33,10 +33,11 @@ _TYPES = {
     "bool": "tensor(bool)",
 }
 
-FLOAT32_FUSIONS = ("MatmulTransposeFusion", "QuickGeluFusion")
-"""Optimizers of ONNX Runtime that fuse float64 nodes into operators it has in float32 only.
+FLOAT32_FUSIONS = ("MatmulTransposeFusion", "MatMulScaleFusion", "QuickGeluFusion")
+"""Optimizers of ONNX Runtime that fuse float64 nodes into operators that are right in float32 only.
 
-The first one takes MatMul and Transpose, the second one ``x * sigmoid(x)``.
+The first one takes MatMul and Transpose, into an operator that 1.19.2 does not have in float64; the
+second one a scalar factor, which becomes a float32 number in 1.31.1; the third ``x * sigmoid(x)``.
 """
 
 

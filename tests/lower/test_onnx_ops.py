@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sam_export.lower.onnx_ops import FORMS, OWN_DECOMPOSITIONS
-from tests.lower.onnx_cases import Case, check, every_dtype, randn
+from tests.lower.onnx_cases import Case, check, every_dtype, randn, run_onnx
 from tests.lower.op_table import TABLE
 
 aten = torch.ops.aten
@@ -30,6 +30,15 @@ CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
     "1x1": ((4, 6, 5, 5), (3, 6, 1, 1), (1, 1), (0, 0), (1, 1)),
     "1x1 stride": ((4, 6, 6, 5), (3, 6, 1, 1), (2, 2), (0, 0), (1, 1)),
     "large padding": ((2, 3, 5, 5), (4, 3, 3, 3), (1, 1), (3, 4), (1, 1)),
+    "1x1, more pixels": ((2, 17, 9, 8), (5, 17, 1, 1), (1, 1), (0, 0), (1, 1)),
+    "many channels": ((3, 17, 6, 7), (5, 17, 3, 2), (2, 1), (1, 1), (1, 1)),
+    "to more channels": ((2, 18, 17, 16), (19, 18, 3, 2), (1, 1), (1, 0), (1, 2)),
+    "to fewer channels": ((2, 19, 17, 16), (4, 19, 3, 2), (1, 1), (1, 0), (1, 2)),
+    "padding beyond the kernel": ((2, 19, 16, 9), (4, 19, 3, 3), (1, 1), (3, 1), (1, 1)),
+    "few channels of many pixels": ((2, 8, 20, 18), (4, 8, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "winograd": ((32, 18, 4, 4), (17, 18, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "winograd, odd": ((22, 24, 6, 3), (26, 24, 3, 3), (1, 1), (1, 2), (1, 1)),
+    "winograd, no padding": ((40, 21, 5, 5), (20, 21, 3, 3), (1, 1), (0, 0), (1, 1)),
     "many pixels": ((2, 3, 20, 18), (4, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
     "many pixels, stride": ((2, 3, 40, 37), (4, 3, 5, 3), (2, 2), (2, 1), (1, 1)),
     "1d": ((3, 4, 17), (5, 4, 3), (2,), (1,), (1,)),
@@ -46,6 +55,8 @@ TRANSPOSED: dict[str, tuple[Any, ...]] = {
     "2x2 up": ((2, 4, 5, 3), (4, 3, 2, 2), (2, 2), (0, 0), (1, 1), 1, (0, 0)),
     "rest": ((2, 4, 5, 3), (4, 3, 3, 3), (2, 3), (1, 0), (1, 1), 1, (1, 2)),
     "stride 1": ((2, 4, 5, 3), (4, 3, 3, 2), (1, 1), (1, 0), (1, 2), 1, (0, 0)),
+    "winograd": ((32, 18, 4, 4), (18, 17, 3, 3), (1, 1), (1, 1), (1, 1), 1, (0, 0)),
+    "many pixels, stride 1": ((2, 4, 9, 11), (4, 5, 3, 2), (1, 1), (1, 0), (1, 2), 1, (0, 0)),
     "groups": ((2, 4, 5, 3), (4, 3, 3, 2), (2, 2), (1, 0), (1, 1), 2, (1, 0)),
     "many pixels": ((2, 3, 18, 17), (3, 2, 3, 3), (1, 2), (1, 1), (1, 1), 1, (0, 1)),
     "1d": ((3, 4, 9), (4, 2, 3), (2,), (1,), (1,), 1, (1,)),
@@ -151,7 +162,7 @@ def fixed_gradient(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, var: Tensor) 
 @every_dtype
 def test_batch_norm(dtype: torch.dtype) -> None:
     cases: dict[str, Case] = {}
-    for shape in ((6, 5), (6, 5, 7), (3, 4, 5, 6)):
+    for shape in ((6, 5), (6, 5, 7), (3, 4, 5, 6), (3, 4, 12, 11)):
         given = batch_norm_inputs(shape, dtype)
         for function in (
             in_training,
@@ -162,7 +173,7 @@ def test_batch_norm(dtype: torch.dtype) -> None:
             fixed_gradient,
         ):
             names = inspect.signature(function).parameters
-            key = f"{function.__name__}, rank {len(shape)}"
+            key = f"{function.__name__}, {shape}"
             cases[key] = function, [given[name] for name in names]
     check(**cases)
 
@@ -331,6 +342,62 @@ def test_layer_norm(dtype: torch.dtype) -> None:
             key = f"{name}, shape {shape}, last {count}"
             cases[key] = function, [x, *(value for value in given if value is not None)]
     check(**cases)
+
+
+@every_dtype
+def test_layer_norm_backward(dtype: torch.dtype) -> None:
+    """All three gradients, or some; with a weight and without."""
+    cases: dict[str, Case] = {}
+    for shape, count in (((6, 5), 1), ((3, 4, 5), 2), ((3, 4, 5), 1)):
+        x, dy = (randn(*shape) * 3 + 1).to(dtype), randn(*shape, seed=3).to(dtype)
+        w = randn(*shape[-count:], seed=1).to(dtype)
+        _, mean, rstd = aten.native_layer_norm(x, list(shape[-count:]), w, w, 1e-3)
+        for mask in ([True, True, True], [True, False, False], [False, True, True]):
+
+            def function(
+                dy: Tensor,
+                x: Tensor,
+                mean: Tensor,
+                rstd: Tensor,
+                *w: Tensor,
+                own: list[int] = list(shape[-count:]),  # noqa: B006
+                mask: list[bool] = mask,
+            ) -> Any:
+                weight = w[0] if w else None
+                found = aten.native_layer_norm_backward(
+                    dy, x, own, mean, rstd, weight, weight, mask if w else [mask[0], False, False]
+                )
+                return [gradient for gradient in found if gradient is not None]
+
+            cases[f"{shape}, last {count}, {mask}"] = function, [dy, x, mean, rstd, w]
+            if mask[0]:
+                cases[f"{shape}, last {count}, {mask}, plain"] = function, [dy, x, mean, rstd]
+    check(**cases)
+
+
+@every_dtype
+def test_safe_softmax(dtype: torch.dtype) -> None:
+    """With scores of -inf, with whole rows of them, with scores that are far apart."""
+    x = randn(3, 4, 5, 5).to(dtype) * 3
+    causal = x.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    rows = x.masked_fill(torch.arange(5).unsqueeze(1) == 2, -torch.inf)
+    check(
+        plain=(lambda x: aten._safe_softmax(x, -1), [x]),
+        causal=(lambda x: aten._safe_softmax(x, -1), [causal]),
+        rows=(lambda x: aten._safe_softmax(x, -1), [rows]),
+        other_axis=(lambda x: aten._safe_softmax(x, 1), [rows]),
+        far=(lambda x: aten._safe_softmax(x, 3), [x * 300]),
+    )
+
+
+@every_dtype
+def test_masked_scores_get_no_weight_at_all(dtype: torch.dtype) -> None:
+    x = randn(2, 6).to(dtype)
+    x[:, 3:] = -torch.inf
+    x[1] = -torch.inf
+    ((y,),) = run_onnx([(lambda x: aten._safe_softmax(x, -1), [x])])
+    assert not y[0, 3:].any()
+    assert not y[1].any()
 
 
 def test_every_form_is_tested() -> None:

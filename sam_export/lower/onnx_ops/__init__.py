@@ -24,6 +24,7 @@ from sam_export.lower.onnx_ops import (
     scatter,
     selection,
     separable,
+    softmax,
     sorting,
     views,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "scatter",
     "selection",
     "separable",
+    "softmax",
     "sorting",
     "views",
 ]

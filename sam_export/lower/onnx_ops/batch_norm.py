@@ -9,12 +9,24 @@ of the batch it is exactly the forward pass, and fed with mean 0 and variance 1 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
 from sam_export.lower.onnx_ops.table import full, ints, lowering, scalar, sizes, static
+
+_SPREAD = "sam_export.batch_norm.spread"
+"""Key of a mean's metadata: the same mean of shape ``[1, C, 1, ...]``."""
+
+_LARGE_IMAGE = 128
+"""From this many pixels on ``_dot`` is a matrix product for each image and channel.
+
+Measured at one thread in onnxruntime-training 1.19.2, 32 images of 64 channels, 32x32: 0.65 against
+2.0 ms for a product and its sum (two passes over memory less); of 256 channels, 8x8: 0.56 against
+0.31.
+"""
 
 
 @lowering("aten::_native_batch_norm_legit_functional")
@@ -139,9 +151,11 @@ def batch_norm_backward(
         mean = running_mean
         invstd = op.Reciprocal(op.Sqrt(op.Add(running_var, scalar(eps, x))))
     assert invstd is not None
-    centered = op.Sub(x, op.Reshape(mean, per_channel))
+    assert mean is not None
+    # As the forward pass has it, so that the difference is one node with the one computed there.
+    centered = op.Sub(x, mean.meta.get(_SPREAD) or op.Reshape(mean, per_channel))
     db = op.ReduceSum(dy, axes, keepdims=0)
-    dot = op.ReduceSum(op.Mul(dy, centered), axes, keepdims=0)
+    dot = _dot(dy, centered, sizes(x))
     scale = invstd if w is None else op.Mul(invstd, w)
     dx = scalar(0.0, x)
     if output_mask[0] and not train:
@@ -163,11 +177,12 @@ def _batch_statistics(
     axes = ints(0, *range(2, len(sizes(x))))
     mean = op.ReduceMean(x, axes, keepdims=1)
     centered = op.Sub(x, mean)
-    var = op.ReduceMean(op.Mul(centered, centered), axes, keepdims=0)
-    mean = op.Reshape(mean, ints(channels))
+    var = op.Div(_dot(centered, centered, sizes(x)), _per_channel(x))
+    vector = op.Reshape(mean, ints(channels))
+    vector.meta[_SPREAD] = mean
     variance = op.Add(var, scalar(eps, x))
-    y = _normalized(x, w, b, mean, variance)
-    return y, mean, var, op.Reciprocal(op.Sqrt(variance))
+    y = _normalized(x, w, b, vector, variance)
+    return y, vector, var, op.Reciprocal(op.Sqrt(variance))
 
 
 def _normalized(x: ir.Value, w: Any, b: Any, mean: Any, variance: Any) -> Any:
@@ -176,6 +191,17 @@ def _normalized(x: ir.Value, w: Any, b: Any, mean: Any, variance: Any) -> Any:
     w = full(channels, 1.0, x) if w is None else w
     b = full(channels, 0.0, x) if b is None else b
     return op.BatchNormalization(x, w, b, mean, variance, epsilon=0.0)
+
+
+def _dot(a: Any, b: Any, shape: list[int | None]) -> Any:
+    """``sum(a * b)`` over all axes but 1, of two tensors of the shape ``[N, C, ...]``."""
+    axes = ints(0, *range(2, len(shape)))
+    image = [size for size in shape[2:] if size is not None]
+    if len(image) < len(shape) - 2 or prod(image) < _LARGE_IMAGE:
+        return op.ReduceSum(op.Mul(a, b), axes, keepdims=0)
+    row = op.Reshape(a, ints(0, 0, 1, -1))
+    column = op.Transpose(op.Reshape(b, ints(0, 0, 1, -1)), perm=[0, 1, 3, 2])
+    return op.ReduceSum(op.MatMul(row, column), ints(0, 2, 3), keepdims=0)
 
 
 def _per_channel(x: ir.Value) -> Any:

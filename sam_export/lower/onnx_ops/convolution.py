@@ -13,12 +13,12 @@ place.
 
 ONNX has an operator for ``y`` and for ``dx``, none for ``dw``; and ONNX Runtime's CPU has none of
 them in float64. Both are written with *patches*: for each kernel offset ``k`` the strided slice of
-the padded input, so that the sum over ``g`` and ``n`` is a matrix product.
+the padded input, so that the sum over ``g`` and ``n`` is a matrix product (`patches`). Small images
+with a 3x3 kernel have a form that takes fewer products (`winograd`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -26,6 +26,17 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
+from sam_export.lower.onnx_ops import winograd
+from sam_export.lower.onnx_ops.patches import (
+    batch_last,
+    channels_first,
+    offsets,
+    padded,
+    padded_images,
+    patches,
+    product_of_patches,
+    spread_out,
+)
 from sam_export.lower.onnx_ops.table import ints, lowering, scalar, sizes, static
 
 _TINY_IMAGE = 16
@@ -37,10 +48,30 @@ patches. With 64 pixels ``Conv`` is the faster one.
 """
 
 _SMALL_IMAGE = 256
-"""Up to this many output pixels the weight gradient is one product over the whole batch.
+"""Up to this many output pixels the weight gradient is a product over the whole batch.
 
-Measured at one thread in onnxruntime-training 1.19.2: with 16 pixels 0.56 against 1.08 ms, with
-1024 pixels 47 against 34 ms.
+Measured at one thread in onnxruntime-training 1.19.2, 32 images, against one product per image:
+64 to 128 channels, 16x16, stride 2: 14.1 against 20.8 ms; 128 to 256 channels, 8x8: 11.5 against
+17.4; 64 channels, 32x32: 47 against 34.
+"""
+
+_SMALL_IMAGE_1X1 = 64
+"""The same where the kernel is a single pixel, so that an image needs no patches: 16 images of 256
+to 64 channels, 14x14: 1.2 against 1.0 ms; 8x8: 1.5 either way.
+"""
+
+_FEW_CHANNELS = 16
+"""With fewer channels the patches of all kernel offsets are joined for one product.
+
+64 images of 1 to 32 channels, 8x8: 0.11 against 0.40 ms; with 64 to 128 channels it is 17.6 against
+14.1.
+"""
+
+_FEW_COLUMNS = 64
+"""Up to this many rows of joined patches that holds for images of any size.
+
+They then take no more memory than an activation of as many channels. 32 images of 3 to 16 channels,
+32x32: 1.1 ms against 2.0 with one product per image.
 """
 
 
@@ -116,10 +147,13 @@ def convolution_backward(
             dx = _convolution(dy, w, None, stride, padding, dilation, groups)
         if output_mask[1]:
             dw = _weight_gradient(x, dy, kernel, window, stride, padding, dilation, groups)
-    elif output_mask[0]:
-        dx = _input_gradient(dy, w, kernel, window, grid, stride, padding, dilation, groups)
-    if output_mask[1] and not transposed:
-        dw = _weight_gradient(dy, x, kernel, grid, stride, padding, dilation, groups)
+    elif winograd.fits(x.dtype, kernel, sizes(x)[0], window, padding, [*stride, *dilation, groups]):
+        dx, dw = winograd.gradients(dy, x, w, window, padding, output_mask)
+    else:
+        if output_mask[0]:
+            dx = _input_gradient(dy, w, kernel, window, grid, stride, padding, dilation, groups)
+        if output_mask[1]:
+            dw = _weight_gradient(dy, x, kernel, grid, stride, padding, dilation, groups)
     if output_mask[2]:
         db = op.ReduceSum(dy, ints(0, *range(2, 2 + spatial)), keepdims=0)
     return dx, dw, db
@@ -134,7 +168,11 @@ def _convolution(
     dilation: list[int],
     groups: int,
 ) -> Any:
-    grid = _grid(sizes(x)[2:], sizes(w)[2:], stride, padding, dilation)
+    batch, _, *window = sizes(x)
+    grid = _grid(window, sizes(w)[2:], stride, padding, dilation)
+    if winograd.fits(x.dtype, sizes(w), batch, window, padding, [*stride, *dilation, groups]):
+        y = winograd.convolution(x, w, static("The image of a convolution", window), padding)
+        return y if b is None else op.Add(y, op.Reshape(b, ints(1, -1, 1, 1)))
     if not _as_product(x, groups, grid):
         extra = [] if b is None else [b]
         return op.Conv(
@@ -142,7 +180,7 @@ def _convolution(
         )
     kernel = static("A convolution kernel", sizes(w))
     known = static("The image of a convolution", grid)
-    y = _product(_channels_first(x, padding), w, kernel, known, stride, dilation, groups)
+    y = product_of_patches(channels_first(x, padding), w, kernel, known, stride, dilation, groups)
     if b is not None:
         y = op.Add(y, op.Reshape(b, ints(1, -1, *[1] * len(stride))))
     return y
@@ -165,8 +203,13 @@ def _input_gradient(
         s - ((g - 1) * t - 2 * p + r + 1)
         for s, g, t, p, r in zip(window, grid, stride, padding, reach, strict=True)
     ]
-    strided = dy.dtype != ir.DataType.DOUBLE and any(t > 1 for t in stride)
-    if strided or not _as_product(dy, groups, window):
+    before = [r - p for r, p in zip(reach, padding, strict=True)]
+    after = [b + e for b, e in zip(before, rest, strict=True)]
+    strided = any(t > 1 for t in stride)
+    if (dy.dtype != ir.DataType.DOUBLE and strided) or not _as_product(dy, groups, window):
+        if not strided and min(*before, *after) >= 0 and _flipping_pays(kernel, window, groups):
+            pads = [*before, *after]
+            return op.Conv(dy, _flipped(w, kernel, groups), pads=pads, dilations=dilation)
         return op.ConvTranspose(
             dy,
             w,
@@ -178,27 +221,44 @@ def _input_gradient(
         )
     # dx is the convolution, at stride 1, of dy spread out by the stride with the flipped kernel,
     # in which the channels of a group have changed places.
-    before = [r - p for r, p in zip(reach, padding, strict=True)]
-    after = [b + e for b, e in zip(before, rest, strict=True)]
-    spread = _spread_out(op.Transpose(dy, perm=_batch_last(len(grid))), kernel[0], grid, stride)
-    spread = _padded(spread, before, after)
-    axes = list(range(2, 2 + len(grid)))
-    flipped = op.Slice(
-        w,
-        ints(*[-1] * len(axes)),
-        ints(*[-(2**62)] * len(axes)),
-        ints(*axes),
-        ints(*[-1] * len(axes)),
-    )
-    per_group = kernel[0] // groups
-    turned = [groups * kernel[1], per_group, *kernel[2:]]
+    spread = spread_out(op.Transpose(dy, perm=batch_last(len(grid))), kernel[0], grid, stride)
+    spread = padded(spread, before, after)
+    turned = [groups * kernel[1], kernel[0] // groups, *kernel[2:]]
+    flipped = _flipped(w, kernel, groups)
+    return product_of_patches(spread, flipped, turned, window, [1] * len(grid), dilation, groups)
+
+
+def _flipping_pays(kernel: list[int], window: list[int], groups: int) -> bool:
+    """Whether ``Conv`` with the flipped kernel beats ``ConvTranspose``.
+
+    ``Conv`` makes patches of ``dy``, ``ConvTranspose`` of ``dx``: the one with fewer channels wins.
+    Measured at one thread, 32 images, 32x32: 64 channels 22.3 against 24.2 ms; 64 to 16 channels
+    10.5 against 6.2. A small image does not repay the flipping: 4 images of 256 channels, 8x8, 7.2
+    against 5.9. Where there is nothing to flip, 16 images of 64 to 256 channels, 28x28: 3.2 against
+    3.7.
+    """
+    if groups > 1:
+        return False
+    return prod(kernel[2:]) == 1 or (kernel[1] >= kernel[0] and prod(window) > 64)
+
+
+def _flipped(w: ir.Value, kernel: list[int], groups: int) -> Any:
+    """The kernel of the convolution that is ``dx``, of shape ``[C, O / groups, *K]``."""
+    axes = list(range(2, len(kernel)))
+    if prod(kernel[2:]) > 1:
+        w = op.Slice(
+            w,
+            ints(*[-1] * len(axes)),
+            ints(*[-(2**62)] * len(axes)),
+            ints(*axes),
+            ints(*[-1] * len(axes)),
+        )
     if groups == 1:
-        flipped = op.Transpose(flipped, perm=[1, 0, *axes])
-    else:
-        flipped = op.Reshape(flipped, ints(groups, per_group, *kernel[1:]))
-        flipped = op.Transpose(flipped, perm=[0, 2, 1, *(axis + 1 for axis in axes)])
-        flipped = op.Reshape(flipped, ints(*turned))
-    return _product(spread, flipped, turned, window, [1] * len(grid), dilation, groups)
+        return op.Transpose(w, perm=[1, 0, *axes])
+    per_group = kernel[0] // groups
+    w = op.Reshape(w, ints(groups, per_group, *kernel[1:]))
+    w = op.Transpose(w, perm=[0, 2, 1, *(axis + 1 for axis in axes)])
+    return op.Reshape(w, ints(groups * kernel[1], per_group, *kernel[2:]))
 
 
 def _weight_gradient(
@@ -213,20 +273,32 @@ def _weight_gradient(
 ) -> Any:
     out_channels, channels, *window = kernel
     axes = list(range(1, 1 + len(grid)))
-    if groups == 1 and prod(grid) <= _SMALL_IMAGE:
+    taps = prod(window)
+    small = prod(grid) <= (_SMALL_IMAGE_1X1 if taps == 1 else _SMALL_IMAGE)
+    few = taps > 1 and taps * channels <= _FEW_COLUMNS
+    joins = channels < _FEW_CHANNELS and (small or few)
+    if groups == 1 and (small or joins):
         # Channels first and batch last: patches are then copies of long runs.
-        columns = _patches(_channels_first(x, padding), channels, window, grid, stride, dilation)
-        rows = op.Reshape(op.Transpose(dy, perm=_batch_last(len(grid))), ints(out_channels, -1))
-        product = op.MatMul(rows, op.Transpose(columns, perm=[1, 0]))
-        product = op.Reshape(product, ints(out_channels, *window, channels))
-        return op.Transpose(product, perm=[0, len(kernel) - 1, *axes])
-    padded = _padded_images(x, padding)
+        image = channels_first(x, padding)
+        rows = op.Reshape(op.Transpose(dy, perm=batch_last(len(grid))), ints(out_channels, -1))
+        if joins:
+            columns = patches(image, channels, window, grid, stride, dilation)
+            product = op.MatMul(rows, op.Transpose(columns, perm=[1, 0]))
+            product = op.Reshape(product, ints(out_channels, *window, channels))
+            return op.Transpose(product, perm=[0, len(kernel) - 1, *axes])
+        parts = []
+        for slice_ in offsets(image, window, grid, stride, dilation, first_axis=1):
+            columns = op.Reshape(slice_, ints(channels, -1))
+            part = op.MatMul(rows, op.Transpose(columns, perm=[1, 0]))
+            parts.append(op.Reshape(part, ints(out_channels, channels, 1)))
+        return _joined(parts, kernel)
+    images = padded_images(x, padding)
     # [N, groups, channels of the group, pixels]; one group is no dimension.
     split = [groups] if groups > 1 else []
     rows = op.Reshape(dy, ints(0, *split, out_channels // groups, -1))
     last = 2 + len(split)
     parts = []
-    for slice_ in _slices(padded, window, grid, stride, dilation, first_axis=2):
+    for slice_ in offsets(images, window, grid, stride, dilation, first_axis=2):
         image = op.Reshape(slice_, ints(0, *split, channels, -1))
         if channels == 1:  # depthwise: no matrix product to win anything by
             part = op.ReduceSum(op.Mul(rows, image), ints(0, last), keepdims=0)
@@ -234,100 +306,13 @@ def _weight_gradient(
             image = op.Transpose(image, perm=[*range(last - 1), last, last - 1])
             part = op.ReduceSum(op.MatMul(rows, image), ints(0), keepdims=0)
         parts.append(op.Reshape(part, ints(out_channels, channels, 1)))
+    return _joined(parts, kernel)
+
+
+def _joined(parts: list[Any], kernel: list[int]) -> Any:
+    """The gradient of the kernel from those of its offsets, ``[O, C, 1]`` each."""
     joined = op.Concat(*parts, axis=2) if len(parts) > 1 else parts[0]
     return op.Reshape(joined, ints(*kernel))
-
-
-def _product(
-    columns_of: Any,
-    w: Any,
-    kernel: list[int],
-    grid: list[int],
-    stride: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Any:
-    """Convolution of a padded ``[C, *S, N]`` image with ``w``, as ``[N, O, *G]``."""
-    out_channels, channels, *window = kernel
-    columns = _patches(columns_of, groups * channels, window, grid, stride, dilation)
-    axes = list(range(2, 2 + len(grid)))
-    rows = op.Transpose(w, perm=[0, *axes, 1])
-    if groups == 1:
-        rows = op.Reshape(rows, ints(out_channels, -1))
-    else:
-        rows = op.Reshape(rows, ints(groups, out_channels // groups, -1))
-        columns = op.Reshape(columns, ints(prod(window), groups, channels, -1))
-        columns = op.Transpose(columns, perm=[1, 0, 2, 3])
-        columns = op.Reshape(columns, ints(groups, prod(window) * channels, -1))
-    product = op.Reshape(op.MatMul(rows, columns), ints(out_channels, *grid, -1))
-    return op.Transpose(product, perm=[1 + len(grid), *range(1 + len(grid))])
-
-
-def _patches(
-    image: Any,
-    channels: int,
-    window: list[int],
-    grid: list[int],
-    stride: list[int],
-    dilation: list[int],
-) -> Any:
-    """``[K * C, G * N]`` from a padded ``[C, *S, N]`` image."""
-    parts = list(_slices(image, window, grid, stride, dilation, first_axis=1))
-    joined = op.Concat(*parts, axis=0) if len(parts) > 1 else parts[0]
-    return op.Reshape(joined, ints(prod(window) * channels, -1))
-
-
-def _slices(
-    image: Any,
-    window: list[int],
-    grid: list[int],
-    stride: list[int],
-    dilation: list[int],
-    first_axis: int,
-) -> Any:
-    axes = ints(*range(first_axis, first_axis + len(grid)))
-    for offset in itertools.product(*(range(k) for k in window)):
-        starts = [o * d for o, d in zip(offset, dilation, strict=True)]
-        ends = [a + (g - 1) * t + 1 for a, g, t in zip(starts, grid, stride, strict=True)]
-        yield op.Slice(image, ints(*starts), ints(*ends), axes, ints(*stride))
-
-
-def _spread_out(image: Any, channels: int, grid: list[int], stride: list[int]) -> Any:
-    """Puts ``stride - 1`` zeros between the pixels of a ``[C, *G, N]`` image."""
-    if all(t == 1 for t in stride):
-        return image
-    pairs = [size for g in grid for size in (g, 1)]
-    image = op.Reshape(image, ints(channels, *pairs, -1))
-    after = [extra for t in stride for extra in (0, t - 1)]
-    image = op.Pad(image, ints(0, *[0] * len(pairs), 0, 0, *after, 0))
-    spread = [g * t for g, t in zip(grid, stride, strict=True)]
-    image = op.Reshape(image, ints(channels, *spread, -1))
-    # The zeros behind the last pixel go: they are part of the padding.
-    ends = [(g - 1) * t + 1 for g, t in zip(grid, stride, strict=True)]
-    axes = ints(*range(1, 1 + len(grid)))
-    return op.Slice(image, ints(*[0] * len(grid)), ints(*ends), axes)
-
-
-def _channels_first(x: ir.Value, padding: list[int]) -> Any:
-    """``[N, C, *S]`` to a padded ``[C, *S, N]``."""
-    return _padded(op.Transpose(x, perm=_batch_last(len(padding))), padding, padding)
-
-
-def _padded(image: Any, before: list[int], after: list[int]) -> Any:
-    """Pads (or, where negative, crops) the spatial sizes of ``[C, *S, N]``."""
-    if not any(before) and not any(after):
-        return image
-    return op.Pad(image, ints(0, *before, 0, 0, *after, 0))
-
-
-def _padded_images(x: ir.Value, padding: list[int]) -> Any:
-    if not any(padding):
-        return x
-    return op.Pad(x, ints(0, 0, *padding, 0, 0, *padding))
-
-
-def _batch_last(spatial: int) -> list[int]:
-    return [*range(1, 2 + spatial), 0]
 
 
 def _grid(

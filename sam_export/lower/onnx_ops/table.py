@@ -27,11 +27,7 @@ DECOMPOSED: list[Any] = [
     torch.ops.aten.nll_loss2d_backward.default,
     torch.ops.aten._log_softmax_backward_data.default,
     torch.ops.aten._softmax_backward_data.default,
-    torch.ops.aten.native_layer_norm_backward.default,
     torch.ops.aten.native_group_norm_backward.default,
-    # Into the error function, which has a form in float64.
-    torch.ops.aten.gelu.default,
-    torch.ops.aten.gelu_backward.default,
     torch.ops.aten.max_unpool2d.default,
     torch.ops.aten.max_unpool3d.default,
     torch.ops.aten.mv.default,
