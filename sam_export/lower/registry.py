@@ -67,9 +67,10 @@ def _refuse_loops(captured: CapturedStep, target: str) -> None:
     for program in captured.programs.values():
         for node in program.graph.nodes:
             if node.target in LOOPS:
+                where = origin_of(node) or "the step"
                 raise LoweringError(
-                    f"Target {target!r} cannot hold the recurrence in {origin_of(node) or 'the step'}, "
-                    "whose number of tokens is symbolic: only "
+                    f"Target {target!r} cannot hold the recurrence in {where}, whose "
+                    "number of tokens is symbolic: only "
                     f"{', '.join(WITH_LOOPS)} can loop. Capture with that number fixed, which "
                     "makes a copy of the cell per token: dynamic='batch'."
                 )
