@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sam_export.errors import CaptureError
 from sam_export.tracing.gru_steps import gru_steps
 from sam_export.tracing.lstm_steps import lstm_steps
 
@@ -27,10 +28,18 @@ LOOPS: tuple[Callable[..., Any], ...] = (
 """Operators that loop inside, which only some targets can express."""
 
 
+_RECURRENCES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
 class LoopedRecurrence(TorchFunctionMode):
     """While it is active, `torch.nn.LSTM` and `GRU` over a symbolic number of tokens are loops.
 
-    Packed sequences and projections are left to torch, which fixes the number.
+    Packed sequences and projections are left to torch, which fixes the number. Where there is
+    dropout between layers, torch gets one layer at a time: its own decomposition forgets the
+    dropout (``num_layers < i - 1`` in ``torch/_decomp/decompositions.py``, torch 2.13).
+
+    Raises:
+        CaptureError: A packed sequence with dropout between layers.
     """
 
     def loops(self, tokens: Any) -> bool:
@@ -41,21 +50,32 @@ class LoopedRecurrence(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("lstm", "gru") and not kwargs and len(args) == 9:
-            x, hx, weights, biases, layers, p, training, both, batch_first = args
-            first = hx[0] if name == "lstm" else hx
-            fits = len(weights) == (4 if biases else 2) * layers * (2 if both else 1)
-            if (
-                isinstance(x, Tensor)
-                and self.loops(x.shape[1 if batch_first else 0])
-                and fits
-                and first.shape[-1] == weights[1].shape[-1]  # no projection
-            ):
-                stack = _Stack(weights, bool(biases), layers, p if training else 0.0, both)
-                x = x.transpose(0, 1) if batch_first else x
-                y, *last = stack.lstm(x, *hx) if name == "lstm" else stack.gru(x, hx)
-                return (y.transpose(0, 1) if batch_first else y), *last
-        return func(*args, **(kwargs or {}))
+        if name not in _RECURRENCES or kwargs or len(args) != 9 or not isinstance(args[0], Tensor):
+            return func(*args, **(kwargs or {}))
+        if not isinstance(args[3], bool):  # data, batch_sizes, hx, weights, has_biases, ...
+            layers, p, training = args[5:8]
+            if layers > 1 and p and training:
+                raise CaptureError(
+                    f"The {name} over a packed sequence has dropout={p} between its layers, which "
+                    "torch forgets when it traces it. Give it a padded tensor, or dropout=0."
+                )
+            return func(*args)
+        x, hx, weights, biases, layers, p, training, both, batch_first = args
+        stack = _Stack(weights, biases, layers, p if training else 0.0, both)
+        first = hx[0] if name == "lstm" else hx
+        loops = (
+            name in ("lstm", "gru")
+            and self.loops(x.shape[1 if batch_first else 0])
+            and first.shape[-1] == weights[1].shape[-1]  # no projection
+        )
+        if not loops and not (layers > 1 and p and training):
+            return func(*args)
+        x = x.transpose(0, 1) if batch_first else x
+        if not loops:
+            y, *last = stack.layer_by_layer(func, x, hx)
+        else:
+            y, *last = stack.lstm(x, *hx) if name == "lstm" else stack.gru(x, hx)
+        return (y.transpose(0, 1) if batch_first else y), *last
 
 
 class _Stack:
@@ -64,7 +84,8 @@ class _Stack:
     def __init__(
         self, weights: Sequence[Tensor], biases: bool, layers: int, dropout: float, both: bool
     ) -> None:
-        count = 4 if biases else 2
+        count = len(weights) // (layers * (2 if both else 1))
+        self._biases, self._weights = biases, weights
         self._own = [weights[i : i + count] for i in range(0, len(weights), count)]
         self._layers, self._dropout = layers, dropout
         self._directions = (False, True) if both else (False,)
@@ -96,6 +117,21 @@ class _Stack:
             return y
 
         return self._through(x, run)
+
+    def layer_by_layer(self, func: Any, x: Tensor, hx: Any) -> tuple[Tensor, ...]:
+        """Outputs and last states, by torch's own function for each layer."""
+        ways = len(self._directions)
+        size = len(self._weights) // self._layers
+        last = []
+        for layer in range(self._layers):
+            own = slice(layer * ways, (layer + 1) * ways)
+            first = hx[own] if isinstance(hx, Tensor) else tuple(state[own] for state in hx)
+            if layer:
+                x = torch.nn.functional.dropout(x, self._dropout)
+            weights = self._weights[layer * size : (layer + 1) * size]
+            x, *ends = func(x, first, weights, self._biases, 1, 0.0, True, ways > 1, False)
+            last.append(ends)
+        return x, *(torch.cat(parts) for parts in zip(*last, strict=True))
 
     def _through(self, x: Tensor, run: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
         states: list[Tensor] = []

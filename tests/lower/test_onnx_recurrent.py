@@ -125,3 +125,34 @@ def graph_of(value: Tensor) -> str:
             names.add(node)
             pending += [before for before, _ in node.next_functions]
     return " ".join(node.name() for node in names)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_between_layers_is_drawn(kind: type[nn.RNNBase]) -> None:
+    # torch's own decomposition of a recurrence forgets it.
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrence = kind(3, 4, num_layers=3, dropout=0.4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.recurrence(x)[0].mean(1)
+
+    model = Model().double()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.05)
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam)
+    batches = [(torch.randn(4, 3, 3, dtype=torch.float64), torch.randint(4, (4,)))]
+    captured = sx.capture(step, batches[0])
+    words = [n for n in captured.programs["step"].graph.nodes if "random_mask" in str(n.target)]
+    assert len(words) == 2  # between three layers, shared by both passes
+    report = sx.check_parity(step, batches, targets=["onnx"], num_steps=1)
+    assert report.ok, str(report)
+
+
+def test_dropout_in_a_packed_sequence_is_refused() -> None:
+    lstm = nn.LSTM(3, 4, num_layers=2, dropout=0.4)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
+    with LoopedRecurrence(), pytest.raises(sx.CaptureError, match=r"packed.*dropout=0.4.*forgets"):
+        lstm(packed)
+    with LoopedRecurrence():
+        assert lstm.eval()(packed)[0].data.shape == (8, 4)
