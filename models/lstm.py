@@ -1,8 +1,9 @@
-"""An LSTM that reads a passage and says which character comes next.
+"""An LSTM (or a GRU) that reads a passage and says which character comes next.
 
 Sources: S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", 1997,
 https://doi.org/10.1162/neco.1997.9.8.1735; A. Graves, "Generating Sequences With Recurrent Neural
-Networks", 2013, https://arxiv.org/abs/1308.0850, section 3 (characters).
+Networks", 2013, https://arxiv.org/abs/1308.0850, section 3 (characters); K. Cho et al., "Learning
+Phrase Representations using RNN Encoder-Decoder", 2014, https://arxiv.org/abs/1406.1078 (GRU).
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     import sam_export as sx
 
 
+KINDS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+"""Name to recurrence."""
+
+
 class LSTMClassifier(nn.Module):
-    """Embedding, `torch.nn.LSTM`, the output of the last token to the logits.
+    """Embedding, `torch.nn.LSTM` or `GRU`, the output of the last token to the logits.
 
     Args:
         vocabulary: Number of different tokens.
@@ -31,6 +36,10 @@ class LSTMClassifier(nn.Module):
             what goes to the logits.
         dropout: Between the layers.
         num_classes: Number of logits; None: one per token.
+        kind: A key of `KINDS`.
+
+    Raises:
+        ValueError: No recurrence of that name.
     """
 
     def __init__(
@@ -42,10 +51,13 @@ class LSTMClassifier(nn.Module):
         bidirectional: bool = False,
         dropout: float = 0.0,
         num_classes: int | None = None,
+        kind: str = "lstm",
     ) -> None:
         super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: expected one of {', '.join(sorted(KINDS))}.")
         self.embed = nn.Embedding(vocabulary, width)
-        self.lstm = nn.LSTM(
+        self.recurrence = KINDS[kind](
             width,
             hidden,
             layers,
@@ -58,8 +70,8 @@ class LSTMClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, num_classes] of token numbers ``x`` [batch, tokens]."""
-        hidden, _ = self.lstm(self.embed(x))
-        read = hidden.mean(1) if self.lstm.bidirectional else hidden[:, -1]
+        hidden, _ = self.recurrence(self.embed(x))
+        read = hidden.mean(1) if self.recurrence.bidirectional else hidden[:, -1]
         logits: Tensor = self.head(read)
         return logits
 
@@ -77,6 +89,7 @@ def recipe(
     layers: int = 1,
     bidirectional: bool = False,
     dropout: float = 0.0,
+    kind: str = "lstm",
     num_batches: int = 8,
 ) -> tuple[sx.TrainStep, list[tuple[Tensor, Tensor]]]:
     """The SAM step of an `LSTMClassifier` on the text of the Python language reference.
@@ -94,6 +107,7 @@ def recipe(
         layers: Number of LSTM layers.
         bidirectional: Whether each layer also reads backwards.
         dropout: Between the layers.
+        kind: A key of `KINDS`.
         num_batches: How many batches to return.
 
     Returns:
@@ -104,7 +118,7 @@ def recipe(
     text, vocabulary = characters()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LSTMClassifier(vocabulary, width, hidden, layers, bidirectional, dropout)
+        model = LSTMClassifier(vocabulary, width, hidden, layers, bidirectional, dropout, kind=kind)
         step = cross_entropy_step(model.to(getattr(torch, dtype)), optimizer, rho, lr)
     rng = np.random.default_rng(seed)
     batches = []

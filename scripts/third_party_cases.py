@@ -271,6 +271,8 @@ def _transformers() -> dict[str, Case]:
             architecture = getattr(hf, name)
             config = architecture.config_class(**sizes)
             config.use_cache = False
+            # torch's grouped product, the default, can only be traced in bfloat16.
+            config._experts_implementation = "batched_mm"
             return _Logits(architecture(config))
 
         return Case("transformers", model, batch, loss)

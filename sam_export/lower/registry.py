@@ -23,7 +23,7 @@ BOUND_TO_A_DEVICE = ("aot-inductor",)
 """Targets whose files run on one kind of device only; their ``lower`` takes it."""
 
 WITH_LOOPS = ("onnx",)
-"""Targets that can hold the loop of an LSTM over a symbolic number of tokens."""
+"""Targets that can hold the loop of a recurrence over a symbolic number of tokens."""
 
 
 def lower(captured: CapturedStep, target: str, device: str = "cpu") -> Lowered:
@@ -67,9 +67,10 @@ def _refuse_loops(captured: CapturedStep, target: str) -> None:
     for program in captured.programs.values():
         for node in program.graph.nodes:
             if node.target in LOOPS:
+                where = origin_of(node) or "the step"
                 raise LoweringError(
-                    f"Target {target!r} cannot hold the LSTM in {origin_of(node) or 'the step'}, "
-                    "whose number of tokens is symbolic: only "
+                    f"Target {target!r} cannot hold the recurrence in {where}, whose "
+                    "number of tokens is symbolic: only "
                     f"{', '.join(WITH_LOOPS)} can loop. Capture with that number fixed, which "
                     "makes a copy of the cell per token: dynamic='batch'."
                 )

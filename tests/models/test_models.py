@@ -285,9 +285,15 @@ def test_a_unet_answers_for_every_pixel(transposed: bool) -> None:
     assert {len(image.unique()) for image in y} == {2}
 
 
-def test_an_lstm_reads_the_whole_passage() -> None:
-    step, batches = lstm.recipe(num_batches=1)
+@pytest.mark.parametrize("kind", lstm.KINDS)
+def test_an_lstm_reads_the_whole_passage(kind: str) -> None:
+    step, batches = lstm.recipe(kind=kind, num_batches=1)
     x = batches[0][0][:1]
     other = x.clone()
     other[0, 0] += 1
     assert not torch.allclose(step.model(x), step.model(other))
+
+
+def test_an_lstm_names_the_recurrences_it_knows() -> None:
+    with pytest.raises(ValueError, match=r"kind='rnn'.*gru, lstm"):
+        lstm.recipe(kind="rnn")

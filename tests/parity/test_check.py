@@ -351,3 +351,16 @@ def test_targets_are_built_loaded_and_compared() -> None:
     assert not unknown.ok
     assert unknown.error is not None
     assert "no-such-target" in unknown.error
+
+
+def test_sizes_that_are_not_dynamic_are_fixed_in_the_target() -> None:
+    step, batches = step_of("mlp", "float32"), batches_for("mlp", "float32", sizes=(5, 4))
+    report = sx.check_parity(step, batches, targets=["onnx"], num_steps=2, dynamic=None)
+    assert not report.ok
+    assert "5" in str(report.targets[0].error)
+
+
+def test_dynamic_sizes_of_inputs_that_there_are_not_are_refused() -> None:
+    step, batches = step_of("mlp", "float32"), batches_for("mlp", "float32", sizes=(5,))
+    with pytest.raises(sx.StepConfigError, match="dynamic names tokens; the batch has x, target"):
+        sx.check_parity(step, batches, targets=["onnx"], num_steps=1, dynamic={"tokens": {0: "n"}})

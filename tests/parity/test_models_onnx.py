@@ -41,6 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "bert": MODELS["bert"],
     "lstm": MODELS["lstm"],
     "lstm both ways": {**MODELS["lstm"], "bidirectional": True, "layers": 2, "dropout": 0.2},
+    "lstm gru": {**MODELS["lstm"], "kind": "gru", "bidirectional": True},
 }
 
 
@@ -87,6 +88,7 @@ def test_several_steps_at_two_batch_sizes(name: str, dtype: str) -> None:
         pytest.param("gpt", "float32", marks=pytest.mark.wide),
         pytest.param("bert", "float32", marks=pytest.mark.wide),
         pytest.param("lstm", "float32", marks=pytest.mark.wide),
+        pytest.param("lstm gru", "float64", marks=pytest.mark.wide),
         pytest.param("lstm both ways", "float64", marks=pytest.mark.wide),
         pytest.param("lstm both ways", "float32", marks=pytest.mark.wide),
     ],

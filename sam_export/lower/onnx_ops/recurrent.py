@@ -1,87 +1,36 @@
 """Loops over the tokens of a sequence: ONNX ``Scan``, for any number of tokens.
 
-ONNX's ``LSTM`` has no gradient and ONNX Runtime's CPU has it in float32 only, and it does not give
-out the gates; so both directions are written out, in the terms of `tracing.recurrent`. The weight
-is a state that each step hands on, because what a subgraph reads from outside is no input of its
-node and easily overlooked.
+ONNX's ``LSTM`` and ``GRU`` have no gradient, ONNX Runtime's CPU has them in float32 only, and they
+do not give out the gates; so both passes are written out, by `tracing.lstm_steps` and
+`tracing.gru_steps`. The weight is a state that each step hands on, because what a subgraph reads
+from outside is no input of its node and easily overlooked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
 import sam_export.tracing.recurrent  # noqa: F401  (makes the operators)
-from sam_export._compat.onnx_nodes import scan
+from sam_export.lower.onnx_ops.scan_body import ScanBody
 from sam_export.lower.onnx_ops.table import ints, lowering, scalar, sizes, static
 
-
-class _Body:
-    """The subgraph of a ``Scan``, made node by node."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.nodes: list[ir.Node] = []
-        self.inputs: list[ir.Value] = []
-
-    def input(self, like: ir.Value, shape: Sequence[Any]) -> ir.Value:
-        """A state, or one token of a sequence."""
-        name = f"{self.name}.input_{len(self.inputs)}"
-        type_ = None if like.dtype is None else ir.TensorType(like.dtype)
-        self.inputs.append(ir.Value(name=name, shape=ir.Shape(shape), type=type_))
-        return self.inputs[-1]
-
-    def add(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """The result of one node."""
-        return self.parts(kind, 1, *inputs, **attributes)[0]
-
-    def parts(self, kind: str, count: int, *inputs: ir.Value, **attributes: Any) -> list[ir.Value]:
-        """The results of one node."""
-        node = ir.node(kind, list(inputs), attributes=attributes, num_outputs=count)
-        node.name = f"{self.name}.{len(self.nodes)}"
-        for index, value in enumerate(node.outputs):
-            value.name = f"{node.name}.{index}"
-        self.nodes.append(node)
-        return list(node.outputs)
-
-    def scan(
-        self, given: Sequence[ir.Value], outputs: list[ir.Value], tokens: int, back: bool
-    ) -> Any:
-        """The ``Scan``: states first, then ``tokens`` sequences; ``back`` from the last token on.
-
-        ``outputs`` are the new states, then what each token gives.
-        """
-        states = len(given) - tokens
-        for value in outputs:  # a subgraph says of what type its results are
-            value.type = self.inputs[0].type
-        for value, state in zip(outputs, self.inputs[:states], strict=False):
-            value.shape = state.shape
-        body = ir.Graph(self.inputs, outputs, nodes=self.nodes, name=self.name)
-        direction = int(back)
-        return scan(
-            given,
-            body,
-            num_scan_inputs=tokens,
-            scan_input_directions=[direction] * tokens,
-            scan_output_directions=[direction] * (len(outputs) - states),
-        )
+_ACTIVATIONS = ("Sigmoid", "Sigmoid", "Tanh", "Sigmoid")
 
 
 @lowering("sam_export::lstm_steps")
 def lstm_steps(x: ir.Value, h: ir.Value, c: ir.Value, w: ir.Value) -> tuple[Any, Any, Any]:
     """sam_export::lstm_steps(Tensor x, Tensor h, Tensor c, Tensor w) -> (Tensor, Tensor, Tensor)
 
-    The formulas of `tracing.recurrent`, one token a step.
+    The formulas of `tracing.lstm_steps`, one token a step.
     """
     width, batch = static("A state", sizes(w)[1:])[0], sizes(x)[1]
     turned = op.Transpose(w, perm=[1, 0])
-    body = _Body("lstm_step")
+    body = ScanBody("lstm_step")
     weight = body.input(w, [width, 4 * width])
-    # One tensor, as the new state and cell are results of their own: ONNX Runtime's Scan goes wrong
-    # where one value is two results, and an Identity between does not outlive the simplification.
+    # One tensor, as the new state and cell are results of their own (see `ScanBody.scan`).
     both = body.input(x, [batch, 2 * width])
     before, cell = body.parts("Split", 2, both, axis=1, num_outputs=2)
     token = body.input(x, [batch, 4 * width])
@@ -110,41 +59,28 @@ def lstm_steps_backward(
     """sam_export::lstm_steps_backward(Tensor dstates, Tensor dcells, Tensor gates, Tensor cells,
     Tensor before, Tensor w) -> (Tensor, Tensor, Tensor)
 
-    The formulas of `tracing.recurrent`, from the last token to the first.
+    The formulas of `tracing.lstm_steps`, from the last token to the first.
     """
-    hidden, batch = sizes(w)[1], sizes(gates)[1]
+    hidden, batch = static("A state", sizes(w)[1:])[0], sizes(gates)[1]
     shape = [batch, hidden]
-    size = op.Concat(op.Shape(gates, start=1, end=2), ints(*static("A state", [hidden])), axis=0)
-    zeros = op.Expand(scalar(0.0, gates), size)
-    body = _Body("lstm_step_backward")
+    zeros = _zeros(gates, hidden)
+    body = ScanBody("lstm_step_backward")
     weight = body.input(w, sizes(w))
     dh, dc = body.input(gates, shape), body.input(gates, shape)
     dstate, dcell = body.input(gates, shape), body.input(gates, shape)
     own_gates = body.input(gates, [batch, sizes(gates)[2]])
     cell, last = body.input(gates, shape), body.input(gates, shape)
 
-    def times(*factors: ir.Value) -> ir.Value:
-        product, *rest = factors
-        for factor in rest:
-            product = body.add("Mul", product, factor)
-        return product
-
-    def slope(gate: ir.Value) -> ir.Value:
-        return body.add("Sub", gate, body.add("Mul", gate, gate))  # of a sigmoid: s - s^2
-
-    def without(value: ir.Value, part: ir.Value) -> ir.Value:
-        return body.add("Sub", value, body.add("Mul", value, body.add("Mul", part, part)))
-
     i, f, g, o = body.parts("Split", 4, own_gates, axis=1, num_outputs=4)
     bent = body.add("Tanh", cell)
     dh = body.add("Add", dstate, dh)
-    through = without(times(dh, o), bent)  # dh * o * (1 - tanh^2)
+    through = body.without(body.times(dh, o), bent)  # dh * o * (1 - tanh^2)
     dc = body.add("Add", body.add("Add", dcell, dc), through)
     quarters = (
-        times(dc, g, slope(i)),
-        times(dc, last, slope(f)),
-        without(times(dc, i), g),
-        times(dh, bent, slope(o)),
+        body.times(dc, g, body.slope(i)),
+        body.times(dc, last, body.slope(f)),
+        body.without(body.times(dc, i), g),
+        body.times(dh, bent, body.slope(o)),
     )
     dx = body.add("Concat", *quarters, axis=1)
     outputs = [
@@ -158,4 +94,65 @@ def lstm_steps_backward(
     return parts, first_dh, first_dc
 
 
-_ACTIVATIONS = ("Sigmoid", "Sigmoid", "Tanh", "Sigmoid")
+@lowering("sam_export::gru_steps")
+def gru_steps(x: ir.Value, h: ir.Value, w: ir.Value, b: ir.Value) -> tuple[Any, Any]:
+    """sam_export::gru_steps(Tensor x, Tensor h, Tensor w, Tensor b) -> (Tensor, Tensor)
+
+    The formulas of `tracing.gru_steps`, one token a step.
+    """
+    hidden, batch = static("A state", sizes(w)[1:])[0], sizes(x)[1]
+    turned = op.Transpose(w, perm=[1, 0])
+    body = ScanBody("gru_step")
+    weight, bias = body.input(w, [hidden, 3 * hidden]), body.input(b, [3 * hidden])
+    before = body.input(x, [batch, hidden])
+    token = body.input(x, [batch, 3 * hidden])
+    own = body.add("Add", body.add("MatMul", before, weight), bias)
+    x_r, x_z, x_n = body.parts("Split", 3, token, axis=1, num_outputs=3)
+    u_r, u_z, u_n = body.parts("Split", 3, own, axis=1, num_outputs=3)
+    r = body.add("Sigmoid", body.add("Add", x_r, u_r))
+    z = body.add("Sigmoid", body.add("Add", x_z, u_z))
+    n = body.add("Tanh", body.add("Add", x_n, body.add("Mul", r, u_n)))
+    state = body.add("Add", n, body.add("Mul", z, body.add("Sub", before, n)))
+    # The state goes out as a part of the last result only (see `ScanBody.scan`).
+    result = body.add("Concat", r, z, n, u_n, state, axis=1)
+    handed_on = [body.add("Identity", weight), body.add("Identity", bias), state]
+    _, _, _, results = body.scan([turned, b, h, x], [*handed_on, result], 1, back=False)
+    ends = [4 * hidden, 5 * hidden]
+    gates = op.Slice(results, ints(0), ints(ends[0]), ints(2))
+    return op.Slice(results, ints(ends[0]), ints(ends[1]), ints(2)), gates
+
+
+@lowering("sam_export::gru_steps_backward")
+def gru_steps_backward(
+    dstates: ir.Value, gates: ir.Value, before: ir.Value, w: ir.Value
+) -> tuple[Any, Any]:
+    """sam_export::gru_steps_backward(Tensor dstates, Tensor gates, Tensor before, Tensor w) ->
+    (Tensor, Tensor)
+
+    The formulas of `tracing.gru_steps`, from the last token to the first.
+    """
+    hidden, batch = static("A state", sizes(w)[1:])[0], sizes(gates)[1]
+    shape = [batch, hidden]
+    body = ScanBody("gru_step_backward")
+    weight, dh = body.input(w, sizes(w)), body.input(gates, shape)
+    dstate, own_gates = body.input(gates, shape), body.input(gates, [batch, 4 * hidden])
+    last = body.input(gates, shape)
+    r, z, n, u_n = body.parts("Split", 4, own_gates, axis=1, num_outputs=4)
+    dh = body.add("Add", dstate, dh)
+    kept = body.add("Mul", dh, z)
+    dn = body.without(body.add("Sub", dh, kept), n)  # dh * (1 - z) * (1 - n^2)
+    dr = body.times(dn, u_n, body.slope(r))
+    dz = body.times(dh, body.add("Sub", last, n), body.slope(z))
+    dx = body.add("Concat", dr, dz, dn, axis=1)
+    du = body.add("Concat", dr, dz, body.add("Mul", dn, r), axis=1)
+    new_dh = body.add("Add", kept, body.add("MatMul", du, weight))
+    given = [w, _zeros(gates, hidden), dstates, gates, before]
+    outputs = [body.add("Identity", weight), new_dh, dx]
+    _, first_dh, parts = body.scan(given, outputs, 3, back=True)
+    return parts, first_dh
+
+
+def _zeros(sequence: ir.Value, hidden: int) -> Any:
+    """[batch, hidden] for a sequence [tokens, batch, ...]."""
+    size = op.Concat(op.Shape(sequence, start=1, end=2), ints(hidden), axis=0)
+    return op.Expand(scalar(0.0, sequence), size)
