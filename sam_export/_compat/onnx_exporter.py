@@ -76,8 +76,9 @@ def decomposed(
     """
     registry = _registry(opset, forms)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
-    table = _decomp.create_onnx_friendly_decomposition_table(known)
-    table = {**table, **torch._decomp.get_decompositions(targets)}
+    table: dict[Any, Callable[..., Any]] = {}
+    table |= _decomp.create_onnx_friendly_decomposition_table(known)
+    table |= torch._decomp.get_decompositions(targets)  # type: ignore[arg-type]
     table |= {target: _contiguous(function) for target, function in own.items()}
     # As the exporter does it: sizes of 0 and 1 are as symbolic as others.
     with (
@@ -86,7 +87,7 @@ def decomposed(
     ):
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
         forget_history(program.graph_module)
-        result = program.run_decompositions(table)
+        result: torch.export.ExportedProgram = program.run_decompositions(table)
         _fx_passes.insert_type_promotion_nodes(result.graph_module)
         result._graph_module = _fx_passes.remove_assertion_nodes(result.graph_module)
     return result

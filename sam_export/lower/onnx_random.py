@@ -7,7 +7,7 @@ kernels for shifts and bitwise operators at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -40,7 +40,7 @@ def _place(
     )
 
 
-DRAWS_AS_PLACES = {
+DRAWS_AS_PLACES: dict[Any, Callable[..., Any]] = {
     torch.ops.sam_export.random_words.default: _place_of_words,
     torch.ops.sam_export.random_mask.default: _place_of_mask,
 }

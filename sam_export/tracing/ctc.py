@@ -165,7 +165,8 @@ def ctc_losses(
     Returns:
         [batch], of the dtype of ``log_probs``.
     """
-    losses: Tensor = _CTC.apply(log_probs, targets, input_lengths, target_lengths, blank)
+    arguments = (log_probs, targets, input_lengths, target_lengths, blank)
+    losses: Tensor = _CTC.apply(*arguments)  # type: ignore[no-untyped-call]
     return losses
 
 

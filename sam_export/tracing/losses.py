@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
 from sam_export.tracing.ctc import ctc_losses
@@ -78,7 +79,7 @@ def multilabel_margin_loss(
     Source: `torch.nn.MultiLabelMarginLoss`
     """
     if size_average is not None or reduce is not None:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_get_string(size_average, reduce)
     rows, labels = torch.atleast_2d(input), torch.atleast_2d(target)
     counts = (labels < 0).to(torch.int64).cumsum(1) == 0
     labels = labels.clamp_min(0)

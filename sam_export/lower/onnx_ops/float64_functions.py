@@ -8,20 +8,20 @@ digits of a small ``x`` are lost in the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from sam_export.lower.onnx_ops.table import decomposition
+from sam_export.lower.onnx_ops.table import Function, decomposition
 
 
-def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Any]:
+def _in_float64(function: Function) -> Function:
     def only(x: Tensor, *arguments: Any, **named: Any) -> Any:
         return function(x, *arguments, **named) if x.dtype == torch.float64 else NotImplemented
 
-    return only
+    return cast(Function, only)
 
 
 @decomposition("aten::log1p")

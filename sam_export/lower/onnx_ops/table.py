@@ -6,7 +6,7 @@ Adding one is one function with ``@lowering("aten::name.overload")`` in a file o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,8 @@ import torch
 from onnxscript import opset18 as op
 
 from sam_export.errors import LoweringError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 FORMS: dict[Any, Callable[..., Any]] = {}
 """Operator overload to the function that writes its ONNX form."""
@@ -43,14 +45,14 @@ OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """Operator overload to a function that computes it in simpler operators, as torch tensors."""
 
 
-def decomposition(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def decomposition(schema: str) -> Callable[[Function], Function]:
     """Registers a function that computes ``aten::name.overload`` in simpler operators.
 
     The function gets and returns tensors. Torch's own decomposition, where there is one, gives way.
     """
     target = _overload(schema)
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Function) -> Function:
         if target in OWN_DECOMPOSITIONS:
             raise ValueError(f"{schema} has a decomposition already.")
         OWN_DECOMPOSITIONS[target] = function

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 
-class CommonSubexpressions(ir.passes.InPlacePass):
+class CommonSubexpressions(ir.passes.InPlacePass):  # type: ignore[misc]
     """Nodes of one operator, with the same inputs and attributes, become one.
 
     Both passes of a step share what does not depend on the weights (masks, indices, sizes), and the

@@ -10,7 +10,7 @@ _LARGEST = 4096
 """Elements of a folded result, at most: more is cheaper to compute than to store."""
 
 
-class FoldConstants(ir.passes.InPlacePass):
+class FoldConstants(ir.passes.InPlacePass):  # type: ignore[misc]
     """Nodes whose inputs are constants are replaced by their value, if it is small.
 
     Requires:
@@ -37,7 +37,7 @@ class FoldConstants(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError("Inputs or outputs of the graph changed.")
 
 
-class ShareConstants(ir.passes.InPlacePass):
+class ShareConstants(ir.passes.InPlacePass):  # type: ignore[misc]
     """Constants become initializers, and equal ones one initializer.
 
     Ensures:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 
-class RemoveCopies(ir.passes.InPlacePass):
+class RemoveCopies(ir.passes.InPlacePass):  # type: ignore[misc]
     """Drops identities and joins what comes in pairs.
 
     - ``Identity``, and ``Cast`` to the type that a value has.

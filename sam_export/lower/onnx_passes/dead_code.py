@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 
-class RemoveDeadCode(ir.passes.InPlacePass):
+class RemoveDeadCode(ir.passes.InPlacePass):  # type: ignore[misc]
     """Removes what no output of the graph depends on.
 
     Ensures:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 
-class Inline(ir.passes.InPlacePass):
+class Inline(ir.passes.InPlacePass):  # type: ignore[misc]
     """Every call of a function becomes the function's nodes.
 
     Ensures:
