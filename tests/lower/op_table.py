@@ -223,7 +223,8 @@ LOSSES = [
     ),
     Row("multi_margin_loss of one", lambda x: F.multi_margin_loss(x, torch.tensor(1)), [_x(5)]),
     *(
-        Row(f"_pdist_forward, p {p}", lambda x, p=p: F.pdist(x, p), [_x(5, 3)])
+        Row(f"_pdist_forward, p {p}", lambda x, p=p: F.pdist(x, p), [_x(5, 3)],
+            covers=("_pdist_backward",))
         for p in (0.0, 1.0, 1.5, 2.0, math.inf)
     ),
 ]  # fmt: skip

@@ -401,11 +401,15 @@ def test_masked_scores_get_no_weight_at_all(dtype: torch.dtype) -> None:
 
 
 def test_every_form_is_tested() -> None:
-    """In the table, or by name in a file of this folder; gradients by their forward operator."""
+    """In the table, or by name in a file of this folder; gradients by their forward operator.
+
+    Our own loops are tested as the recurrences that they come from (`test_onnx_recurrent.py`).
+    """
     source = "".join(file.read_text() for file in Path(__file__).parent.glob("test_onnx_*.py"))
     tabled = {name for own in TABLE.values() for row in own for name in (*row.covers, row.op)}
     tabled = {re.split(r"[., ]", name)[0] for name in tabled}
-    names = {target._schema.name.split("::")[1] for target in {*FORMS, *OWN_DECOMPOSITIONS}}
+    schemas = {target._schema.name for target in {*FORMS, *OWN_DECOMPOSITIONS}}
+    names = {name.split("::")[1] for name in schemas if not name.startswith("sam_export::")}
     untested = [
         name
         for name in sorted(names)

@@ -140,7 +140,8 @@ def asinh(x: Tensor) -> Tensor:
     """aten::asinh(Tensor self) -> Tensor: ``log1p(|x| + x^2 / (1 + sqrt(1 + x^2)))``, signed."""
     size = x.abs()
     square = size * size
-    return x.sign() * log1p(size + square / (1.0 + (1.0 + square).sqrt()))
+    result: Tensor = x.sign() * log1p(size + square / (1.0 + (1.0 + square).sqrt()))
+    return result
 
 
 @decomposition("aten::acosh")
