@@ -18,7 +18,7 @@ from scripts.bench_cases import CASES
 from scripts.bench_contestants import CONTESTANTS, Contestant
 from scripts.bench_records import Record, wants_more
 
-PAIRS = {"wide_resnet_dropout": "wide_resnet", "gpt_dropout": "gpt"}
+PAIRS = {"wide_resnet_dropout": "wide_resnet", "vit_dropout": "vit", "gpt_dropout": "gpt"}
 """A case with dropout, and the same without."""
 
 DEFAULT = ("eager-sam", "torch-compile", "torchscript", "aot-inductor", "onnx")
