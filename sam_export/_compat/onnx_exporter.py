@@ -97,6 +97,8 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def laid_out(*arguments: Any, **named: Any) -> Any:
         results = function(*arguments, **named)
+        if results is NotImplemented:
+            return results
         if isinstance(results, torch.Tensor):
             return results.contiguous()
         return tuple(result.contiguous() for result in results)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +12,9 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from sam_export._compat import tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.lower.onnx_graph import onnx_model
 from sam_export.runtime.ort import FLOAT32_FUSIONS
@@ -21,7 +24,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 Case = tuple[Callable[..., Any], Sequence[Tensor]]
@@ -35,19 +38,20 @@ def run_onnx(cases: Sequence[Case]) -> list[list[Tensor]]:
     """All cases as one graph: an export costs a second, an operator nothing."""
     inputs = [tensor for _, tensors in cases for tensor in tensors]
 
-    class Module(torch.nn.Module):
-        def forward(self, *tensors: Tensor) -> Any:
-            given = iter(tensors)
-            return [
-                result
-                for function, own in cases
-                for result in as_list(function(*(next(given) for _ in own)))
-            ]
+    def all_of_them(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        return [
+            result
+            for function, own in cases
+            for result in as_list(function(*(next(given) for _ in own)))
+        ]
 
     names = tuple(f"in{i}" for i in range(len(inputs)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
-        program = torch.export.export(Module(), tuple(inputs), strict=False)
+        # As `capture` does it: make_fx can trace autograd, export cannot.
+        raw = make_fx(all_of_them, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        program = torch.export.export(tracing.Interpreted(raw), tuple(inputs), strict=False)
         program = program.run_decompositions({})
     expected = [as_list(function(*tensors)) for function, tensors in cases]
 
@@ -68,8 +72,37 @@ def run_onnx(cases: Sequence[Case]) -> list[list[Tensor]]:
     return [[torch.from_numpy(next(found)) for _ in results] for results in expected]
 
 
-def check(**cases: Case) -> None:
-    """Every case against the function itself; the message names those that differ."""
+def with_gradients(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """Outputs of a function, and the gradients of its floating-point inputs.
+
+    The gradients are of a weighted sum of the outputs, which tells their elements apart.
+    """
+
+    def both(*inputs: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+            outputs = as_list(function(*leaves))
+            total = sum(
+                (output * torch.linspace(0.5, 1.5, output.numel()).to(output).view_as(output)).sum()
+                for output in outputs
+                if output.requires_grad
+            )
+            given = [leaf for leaf in leaves if leaf.requires_grad]
+            if not isinstance(total, Tensor):
+                return [output.detach() for output in outputs]
+            gradients = torch.autograd.grad(total, given, allow_unused=True)
+        return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
+
+    return both
+
+
+def check(tolerances: Mapping[str, float] | None = None, /, **cases: Case) -> None:
+    """Every case against the function itself; the message names those that differ.
+
+    Args:
+        tolerances: Of cases that have one of their own.
+        cases: By name.
+    """
     wrong = {}
     found = run_onnx(list(cases.values()))
     for (name, (function, inputs)), results in zip(cases.items(), found, strict=True):
@@ -77,10 +110,19 @@ def check(**cases: Case) -> None:
             result = results[index]
             assert result.shape == wanted.shape, name
             assert result.dtype == wanted.dtype, name
-            scale = float(wanted.double().abs().max()) or 1.0
-            error = float((result.double() - wanted.double()).abs().max()) / scale
+            undefined = wanted.isnan()  # in the same places
+            if not torch.equal(result.isnan(), undefined) or not torch.equal(
+                result[wanted.isinf()], wanted[wanted.isinf()]
+            ):
+                wrong[f"{name}, output {index}"] = math.nan
+                continue
+            finite = wanted.isfinite()
+            left, right = result[finite].double(), wanted[finite].double()
+            scale = float(right.abs().max()) if right.numel() else 1.0
+            error = float((left - right).abs().max()) / (scale or 1.0) if right.numel() else 0.0
             dtype = wanted.dtype if wanted.is_floating_point() else torch.float64
-            if not error <= TOLERANCE[dtype]:
+            own = (tolerances or {}).get(name, TOLERANCE[dtype])
+            if not error <= own and not torch.equal(result, wanted):
                 wrong[f"{name}, output {index}"] = error
     assert not wrong
 

@@ -6,11 +6,14 @@ from sam_export.lower.onnx_ops import (
     arithmetic,
     batch_norm,
     convolution,
+    ctc,
     decompositions,
     division,
+    embedding_bag,
     error_function,
     exact_activation,
     gamma,
+    grid_sample,
     layer_norm,
     losses,
     norms,
@@ -22,6 +25,7 @@ from sam_export.lower.onnx_ops import (
     selection,
     separable,
     sorting,
+    views,
 )
 from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
 
@@ -34,11 +38,14 @@ __all__ = [
     "arithmetic",
     "batch_norm",
     "convolution",
+    "ctc",
     "decompositions",
     "division",
+    "embedding_bag",
     "error_function",
     "exact_activation",
     "gamma",
+    "grid_sample",
     "layer_norm",
     "losses",
     "norms",
@@ -50,4 +57,5 @@ __all__ = [
     "selection",
     "separable",
     "sorting",
+    "views",
 ]

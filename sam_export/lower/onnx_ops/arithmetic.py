@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
-from sam_export.lower.onnx_ops.table import lowering, numpy_dtype, scalar
+from sam_export.lower.onnx_ops.table import ints, lowering, numpy_dtype, scalar, sizes
 
 Operand: TypeAlias = ir.Value | int | float
 
@@ -199,3 +199,41 @@ def _constant(value: Any, dtype: int | None, like: ir.Value | None) -> Any:
     else:  # torch's own defaults
         kind = np.dtype({bool: np.bool_, int: np.int64, float: np.float32}[type(value)])
     return op.Constant(value=ir.tensor(np.array(value, kind)))
+
+
+def _reduced(reduce: Any) -> Any:
+    def form(x: ir.Value, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+        rank = len(sizes(x))
+        axes = ints(*dim) if dim and rank else None
+        return reduce(x, axes, keepdims=int(keepdim)) if rank else op.Identity(x)
+
+    return form
+
+
+# aten::amax(Tensor self, int[1] dim=[], bool keepdim=False) -> Tensor: over all where dim is empty.
+lowering("aten::amax")(_reduced(op.ReduceMax))
+# aten::amin(Tensor self, int[1] dim=[], bool keepdim=False) -> Tensor
+lowering("aten::amin")(_reduced(op.ReduceMin))
+
+
+@lowering("aten::prod.dim_int")
+def prod_dim(x: ir.Value, dim: int, keepdim: bool = False, *, dtype: int | None = None) -> Any:
+    """aten::prod.dim_int(Tensor self, int dim, bool keepdim=False, *, ScalarType? dtype=None) ->
+    Tensor
+    """
+    return _product(x, [dim], keepdim, dtype)
+
+
+@lowering("prims::prod")
+def prod(x: ir.Value, dims: Sequence[int] | None, *, output_dtype: int | None = None) -> Any:
+    """prims::prod(Tensor inp, int[]? dims, *, ScalarType? output_dtype=None) -> Tensor"""
+    return _product(x, dims, False, output_dtype)
+
+
+def _product(x: ir.Value, dims: Sequence[int] | None, keepdim: bool, dtype: int | None) -> Any:
+    rank = len(sizes(x))
+    axes = list(range(rank)) if dims is None else [dim % rank for dim in dims if rank]
+    keep = int(keepdim)
+    if dtype not in (None, -1):
+        x = op.Cast(x, to=dtype)
+    return op.ReduceProd(x, ints(*axes), keepdims=keep) if axes else op.Identity(x)

@@ -132,6 +132,31 @@ def cdist_backward(grad: Tensor, x1: Tensor, x2: Tensor, p: float, cdist: Tensor
     return torch.where(apart, parts, 0.0).sum(-2)
 
 
+def _pairs(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = torch.triu_indices(count, count, 1, device=device).unbind(0)
+    return first, second
+
+
+@decomposition("aten::_pdist_forward")
+def pdist(x: Tensor, p: float = 2.0) -> Tensor:
+    """aten::_pdist_forward(Tensor self, float p=2.) -> Tensor: `cdist` of every pair of rows."""
+    first, second = _pairs(x.shape[0], x.device)
+    return cdist(x[first].unsqueeze(1), x[second].unsqueeze(1), p, None).reshape(-1)
+
+
+@decomposition("aten::_pdist_backward")
+def pdist_backward(grad: Tensor, x: Tensor, p: float, pdist: Tensor) -> Tensor:
+    """aten::_pdist_backward(Tensor grad, Tensor self, float p, Tensor pdist) -> Tensor
+
+    What a pair's distance gives to its first row, its second one gets with the sign turned.
+    """
+    first, second = _pairs(x.shape[0], x.device)
+    rows, others = x[first].unsqueeze(1), x[second].unsqueeze(1)
+    shape = (-1, 1, 1)
+    part = cdist_backward(grad.reshape(shape), rows, others, p, pdist.reshape(shape)).squeeze(1)
+    return torch.zeros_like(x).index_add(0, first, part).index_add(0, second, -part)
+
+
 # -- elementwise ----------------------------------------------------------------------------------
 
 
@@ -162,6 +187,39 @@ def signbit(x: Tensor) -> Tensor:
     return (x < 0) | ((x == 0) & (1.0 / x < 0))
 
 
+@decomposition("prims::hypot")
+@decomposition("aten::hypot")
+def hypot(x: Tensor, y: Tensor) -> Tensor:
+    """aten::hypot(Tensor self, Tensor other) -> Tensor
+
+    ``sqrt(x^2 + y^2) = m sqrt(1 + (n / m)^2)`` with the larger and the smaller size ``m``, ``n``:
+    no square overflows.
+    """
+    x, y = x.abs(), y.abs()
+    large, small = torch.maximum(x, y), torch.minimum(x, y)
+    ratio = torch.where(large == 0, 0.0, small / large)
+    return torch.where(torch.isinf(large), large, large * (1.0 + ratio * ratio).sqrt())
+
+
+@decomposition("aten::logaddexp")
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """aten::logaddexp(Tensor self, Tensor other) -> Tensor
+
+    ``log(exp(x) + exp(y)) = max + log(1 + exp(-|x - y|))``; the exporter's exponentials overflow.
+    """
+    same = torch.isinf(x) & (x == y)
+    rest = torch.log1p(torch.exp(-(x - y).abs()))
+    return torch.where(same, x, torch.maximum(x, y) + rest)
+
+
+@decomposition("aten::logaddexp2")
+def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
+    """aten::logaddexp2(Tensor self, Tensor other) -> Tensor: the same to the base of 2."""
+    same = torch.isinf(x) & (x == y)
+    rest = torch.log1p(torch.exp2(-(x - y).abs())) / math.log(2.0)
+    return torch.where(same, x, torch.maximum(x, y) + rest)
+
+
 # -- writing --------------------------------------------------------------------------------------
 
 
@@ -175,6 +233,37 @@ def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Sequence[int]) ->
     place = (taken.to(torch.int64).cumsum(0) - 1).clamp_min(0)
     kept = torch.where(taken, grad.reshape(-1), 0.0)
     return grad.new_zeros([math.prod(sizes)]).scatter_add(0, place, kept).reshape(sizes)
+
+
+@decomposition("aten::_efficientzerotensor")
+def efficient_zero_tensor(size: Sequence[int], dtype: torch.dtype | None = None, **_: Any) -> Any:
+    """aten::_efficientzerotensor(SymInt[] size, *, ScalarType? dtype=None, ...) -> Tensor"""
+    return torch.zeros(size, dtype=dtype)
+
+
+@decomposition("aten::repeat_interleave.Tensor")
+def repeat_interleave(repeats: Tensor, *, output_size: int | None = None) -> Any:
+    """aten::repeat_interleave.Tensor(Tensor repeats, *, SymInt? output_size=None) -> Tensor
+
+    The number ``i``, ``repeats[i]`` times: at place ``k`` as many as have ended before it.
+    """
+    if output_size is None:
+        return NotImplemented  # the size of the result depends on values
+    places = torch.arange(output_size, device=repeats.device)
+    return (repeats.cumsum(0).unsqueeze(1) <= places).to(torch.int64).sum(0)
+
+
+@decomposition("aten::put")
+def put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    """aten::put(Tensor self, Tensor index, Tensor source, bool accumulate=False) -> Tensor
+
+    ``x``, as a flat tensor, with ``source`` at ``index``.
+    """
+    flat, values = x.reshape(-1), source.reshape(-1)
+    places = index.reshape(-1)
+    places = torch.where(places < 0, places + flat.shape[0], places)
+    written = flat.scatter_add if accumulate else flat.scatter
+    return written(0, places, values).reshape(x.shape)
 
 
 @decomposition("aten::index_reduce")

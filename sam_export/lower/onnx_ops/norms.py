@@ -27,10 +27,10 @@ def vector_norm(
     the number of elements that are not zero for order 0. ``ReduceL2`` of a float64 tensor is right
     to float32 only in ONNX Runtime 1.19.2, so there the sum and the root are two operators.
     """
+    axes = ints(*dim) if dim and sizes(x) else None
     if dtype not in (None, -1):
         x = op.Cast(x, to=dtype)
         x.dtype = ir.DataType(dtype)
-    axes = ints(*dim) if dim and sizes(x) else None
     keep = int(keepdim)
     if ord == 2 and x.dtype != ir.DataType.DOUBLE:
         return op.ReduceL2(x, axes, keepdims=keep)
