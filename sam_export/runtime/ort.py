@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from sam_export.artifact.contract import (
     discarded_if_not_finite,
 )
 from sam_export.artifact.folder import Artifact
-from sam_export.errors import ArtifactError, RuntimeUnavailableError
+from sam_export.errors import ArtifactError, RuntimeUnavailableError, SamExportError
 from sam_export.runtime.detect import parse_device, require_onnxruntime, require_provider
 from sam_export.runtime.random_inputs import RandomInputs
 
@@ -32,6 +33,11 @@ _TYPES = {
     "uint8": "tensor(uint8)",
     "bool": "tensor(bool)",
 }
+
+_NO_KERNEL = re.compile(
+    r"Could not find an implementation for (?P<op>\w+)\((?P<since>\d+)\) node with name "
+    r"'(?P<node>[^']*)'"
+)
 
 FLOAT32_FUSIONS = ("MatmulTransposeFusion", "MatMulScaleFusion", "QuickGeluFusion")
 """Optimizers of ONNX Runtime that fuse float64 nodes into operators that are right in float32 only.
@@ -204,12 +210,15 @@ class OrtEngine:
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
             path = str(self._artifact.file(program))
-            session = self._ort.InferenceSession(
-                path,
-                options,
-                providers=self._provider_options(),
-                disabled_optimizers=self._disabled_optimizers(),
-            )
+            try:
+                session = self._ort.InferenceSession(
+                    path,
+                    options,
+                    providers=self._provider_options(),
+                    disabled_optimizers=self._disabled_optimizers(),
+                )
+            except Exception as error:  # onnxruntime's own, which derive from nothing narrower
+                raise self._refused(program, error) from error
             session.disable_fallback()
             if session.get_providers()[0] != self.provider:
                 raise RuntimeUnavailableError(
@@ -220,6 +229,23 @@ class OrtEngine:
             self._check(program, session)
             self._sessions[program] = session
         return self._sessions[program]
+
+    def _refused(self, program: str, error: Exception) -> SamExportError:
+        """Why ONNX Runtime does not take a graph: it lacks a kernel, or the file is not right."""
+        missing = _NO_KERNEL.search(str(error))
+        if missing is None:
+            return ArtifactError(
+                f"ONNX Runtime {self._ort.__version__} cannot load program {program!r} from "
+                f"{self._artifact.file(program)}: {error}"
+            )
+        used = {spec.dtype for spec in self._artifact.contract.state}
+        dtypes = ", ".join(sorted(dtype for dtype in used if dtype.startswith("float")))
+        return RuntimeUnavailableError(
+            f"ONNX Runtime {self._ort.__version__} has no {self.provider} kernel for the node "
+            f"{missing['node']!r} of program {program!r}, {missing['op']} (since opset "
+            f"{missing['since']}), in the dtype that it has there; the state is {dtypes}. Export "
+            "the model in float32, or use another target."
+        )
 
     def _disabled_optimizers(self) -> list[str]:
         double = any(spec.dtype == "float64" for spec in self._artifact.contract.state)

@@ -143,3 +143,47 @@ def test_the_file_is_portable_readable_and_the_same_each_time(tmp_path: Path) ->
     assert any(name.startswith("descent/1/BatchNormalization") for name in names)
     assert names[-1] == "update/If"
     assert set(first.details["in_place"].values()) == {""}
+
+
+class Inexact(nn.Linear):
+    """An operator for which the runtime has no float64 kernel, put in behind our forms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).cos()
+
+
+def test_a_missing_kernel_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    from onnxscript import opset18 as op
+
+    from sam_export.lower.onnx_ops.table import FORMS, OWN_DECOMPOSITIONS
+
+    monkeypatch.delitem(OWN_DECOMPOSITIONS, torch.ops.aten.cos.default)
+    monkeypatch.setitem(FORMS, torch.ops.aten.cos.default, lambda x: op.Cos(x))
+    model = Inexact(5, 3).double()
+    x, y = batches(1)[0]
+    sx.export(sx.capture(make(model), (x.double(), y)), tmp_path / "step", target="onnx")
+    with pytest.raises(
+        sx.RuntimeUnavailableError, match=r"kernel for the node '\S*Cos\S*'.*float64"
+    ):
+        sx.load(tmp_path / "step")
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm, nn.BatchNorm1d])
+def test_a_float16_step_is_eagers(layer: Any, tmp_path: Path) -> None:
+    """Changes of weights, to a few roundings of a float16 gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), layer(16), nn.ReLU(), nn.Linear(16, 3)).half()
+    x, y = batches(1)[0]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = make(model)
+    sx.export(sx.capture(step, (x.half(), y)), tmp_path / "step", target="onnx")
+    session = sx.load(tmp_path / "step")
+    found = session.step(x.half(), y)
+    step(x.half(), y)
+    assert bool(found.finite)
+    for name, value in model.named_parameters():
+        change = (value.detach() - before[name]).float()
+        error = torch.from_numpy(session.state[name]).float() - value.detach().float()
+        weights = before[name].float().norm()
+        if name != "0.bias" or layer is not nn.BatchNorm1d:  # there the true gradient is zero
+            assert float(error.norm()) <= 0.02 * float(change.norm()) + 2e-3 * float(weights), name

@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
+from sam_export.lower.onnx_ops.half import in_float32
 from sam_export.lower.onnx_ops.table import full, ints, lowering, scalar, sizes, static
 
 _SPREAD = "sam_export.batch_norm.spread"
@@ -30,6 +31,7 @@ Measured at one thread in onnxruntime-training 1.19.2, 32 images of 64 channels,
 
 
 @lowering("aten::_native_batch_norm_legit_functional")
+@in_float32(keeps=(3, 4))
 def batch_norm_training(
     x: ir.Value,
     w: ir.Value | None,
@@ -64,6 +66,7 @@ def batch_norm_training(
 
 
 @lowering("aten::_native_batch_norm_legit.no_stats")
+@in_float32()
 def batch_norm_without_statistics(
     x: ir.Value, w: ir.Value | None, b: ir.Value | None, training: bool, momentum: float, eps: float
 ) -> tuple[Any, Any, Any]:
@@ -78,6 +81,7 @@ def batch_norm_without_statistics(
 
 
 @lowering("aten::_native_batch_norm_legit_no_training")
+@in_float32()
 def batch_norm_evaluation(
     x: ir.Value,
     w: ir.Value | None,
@@ -98,6 +102,7 @@ def batch_norm_evaluation(
 
 
 @lowering("aten::native_batch_norm")
+@in_float32()
 def batch_norm(
     x: ir.Value,
     w: ir.Value | None,
@@ -118,6 +123,7 @@ def batch_norm(
 
 
 @lowering("aten::native_batch_norm_backward")
+@in_float32()
 def batch_norm_backward(
     dy: ir.Value,
     x: ir.Value,
