@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def ask(name: str, log: Any) -> dict[str, Any]:
     return answer | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The verdicts as a Markdown page."""
+def page(results: list[dict[str, Any]], untried: Sequence[str] = ()) -> str:
+    """The verdicts as a Markdown page, and the cases that were not run."""
     import onnxruntime
     import torch
 
@@ -136,6 +137,8 @@ def page(results: list[dict[str, Any]]) -> str:
             f"| {package} {versions[package]} | {name} | {row['parameters']:,} | {row['verdict']} "
             f"| {row['batch']} | {reason} |"
         )
+    if untried:
+        lines += ["", f"Not run for this page: {', '.join(untried)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -182,7 +185,7 @@ def main() -> int:
             options.json.write_text(json.dumps(ordered, indent=1))
     results = [known[name] for name in every if name in known]
     if options.page:
-        options.page.write_text(page(results))
+        options.page.write_text(page(results, [name for name in every if name not in known]))
     return 1 if any(row["verdict"] == "different" for row in results) else 0
 
 

@@ -5,6 +5,8 @@ The packages themselves are not needed here.
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,12 +65,16 @@ def test_verdicts(
 
 
 def test_a_page_counts_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda package: "1.2")
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version", lambda name: "1.2" if name == "own" else version(name)
+    )
     rows = [
         {"name": "own: a", "parameters": 1234, "batch": "any", "verdict": "right", "reason": ""},
         {"name": "own: b", "parameters": 8, "batch": "", "verdict": "refused", "reason": "x | y"},
     ]
-    page = third_party_models.page(rows)
+    page = third_party_models.page(rows, ["own: c"])
+    assert "Not run for this page: own: c." in page
     assert "own 1.2. 1 of 2 are right." in page
     assert "| own 1.2 | a | 1,234 | right | any |  |" in page
     assert "x \\| y" in page
