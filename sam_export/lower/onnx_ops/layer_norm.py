@@ -9,10 +9,12 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
+from sam_export.lower.onnx_ops.half import in_float32
 from sam_export.lower.onnx_ops.table import full, ints, lowering, scalar, sizes, static
 
 
 @lowering("aten::native_layer_norm")
+@in_float32()
 def native_layer_norm(
     x: ir.Value,
     normalized_shape: Sequence[Any],
@@ -46,6 +48,7 @@ def native_layer_norm(
 
 
 @lowering("aten::native_layer_norm_backward")
+@in_float32()
 def native_layer_norm_backward(
     dy: ir.Value,
     x: ir.Value,
