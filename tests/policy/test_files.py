@@ -22,6 +22,7 @@ SHELL = (
     "scripts/demo",
     "scripts/bench",
     "scripts/test-wide",
+    "scripts/op_coverage",
     "scripts/third_party_models",
     ".ci/run",
 )
