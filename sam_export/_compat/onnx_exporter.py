@@ -26,6 +26,7 @@ from torch.onnx._internal.exporter import (
 )
 
 from sam_export._compat.tracing import forget_history
+from sam_export.errors import LoweringError
 
 Forms = Mapping[Any, Callable[..., Any]]
 
@@ -64,6 +65,7 @@ def decomposed(
     forms: Forms,
     targets: Sequence[Any],
     own: Forms,
+    refused: dict[Any, str],
 ) -> torch.export.ExportedProgram:
     """``program`` in operators that have an ONNX form, as far as decompositions lead there.
 
@@ -73,13 +75,14 @@ def decomposed(
         forms: Our own ONNX forms; such operators stay whole.
         targets: Operators for which torch's decomposition is taken though the exporter has a form.
         own: Our own decompositions.
+        refused: Gets the operators that one of our own decompositions refuses, and why. They stay.
     """
     registry = _registry(opset, forms)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     table: dict[Any, Callable[..., Any]] = {}
     table |= _decomp.create_onnx_friendly_decomposition_table(known)
     table |= torch._decomp.get_decompositions(targets)  # type: ignore[arg-type]
-    table |= {target: _contiguous(function) for target, function in own.items()}
+    table |= {target: _watched(target, function, refused) for target, function in own.items()}
     # As the exporter does it: sizes of 0 and 1 are as symbolic as others.
     with (
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
@@ -93,18 +96,27 @@ def decomposed(
     return result
 
 
-def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with results row by row, as ATen's are: the views behind them rely on it."""
+def _watched(
+    target: Any, function: Callable[..., Any], refused: dict[Any, str]
+) -> Callable[..., Any]:
+    """``function`` with results row by row, as ATen's are: the views behind them rely on it.
 
-    def laid_out(*arguments: Any, **named: Any) -> Any:
-        results = function(*arguments, **named)
+    What it refuses stays as it is, and is noted.
+    """
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        try:
+            results = function(*arguments, **named)
+        except LoweringError as error:
+            refused[target] = str(error)
+            return NotImplemented
         if results is NotImplemented:
             return results
         if isinstance(results, torch.Tensor):
             return results.contiguous()
         return tuple(result.contiguous() for result in results)
 
-    return laid_out
+    return watched
 
 
 def without_form(program: torch.export.ExportedProgram, opset: int, forms: Forms) -> list[fx.Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -36,17 +37,19 @@ def onnx_model(
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
-    program = onnx_exporter.decomposed(
-        program, OPSET, FORMS, DECOMPOSED, {**OWN_DECOMPOSITIONS, **DRAWS_AS_PLACES}
-    )
-    missing = onnx_exporter.without_form(program, OPSET, FORMS)
+    own = {**OWN_DECOMPOSITIONS, **DRAWS_AS_PLACES}
+    reasons: dict[Any, str] = {}
+    program = onnx_exporter.decomposed(program, OPSET, FORMS, DECOMPOSED, own, reasons)
+    missing = [(node, "") for node in onnx_exporter.without_form(program, OPSET, FORMS)]
+    missing = [pair for pair in missing if pair[0].target not in reasons]
+    missing += [(n, reasons[n.target]) for n in program.graph.nodes if n.target in reasons]
     for node in program.graph.nodes:
         # The exporter writes the module stack into each ONNX node; it carries our origin there.
         node.meta["nn_module_stack"] = {"origin": (origins.origin_of(node), "sam_export")}
     refusals = Refusals(program, FORMS)
     outputs = [output.name for output in spec.outputs]
     if missing:
-        raise refusal(spec.name, [(node, "") for node in missing])
+        raise refusal(spec.name, missing)
     try:
         model = onnx_exporter.to_onnx(program, list(spec.inputs), outputs, OPSET, refusals.forms)
     except Exception as error:

@@ -187,3 +187,33 @@ def test_a_float16_step_is_eagers(layer: Any, tmp_path: Path) -> None:
         weights = before[name].float().norm()
         if name != "0.bias" or layer is not nn.BatchNorm1d:  # there the true gradient is zero
             assert float(error.norm()) <= 0.02 * float(change.norm()) + 2e-3 * float(weights), name
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(10, 5, mode="sum", scale_grad_by_freq=True)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(self.last.weight[:, :3]) + self.last(self.bags(x))
+
+
+def test_what_a_decomposition_refuses_is_named_with_the_rest(tmp_path: Path) -> None:
+    step = make(Bags())
+    captured = sx.capture(step, (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4).long()))
+    with pytest.raises(sx.LoweringError) as caught:
+        sx.export(captured, tmp_path / "step", target="onnx")
+    message = str(caught.value)
+    assert "aten::_embedding_bag_backward(" in message
+    assert "embedding_bag(scale_grad_by_freq=True) is refused: PyTorch's own" in message
+    assert "aten::_linalg_eigh" in message
+    assert "While executing" not in message
+    assert "return torch.linalg.eigvalsh(self.last.weight" in message
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(8, 3))
+    batch = (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4).long())
+    sx.export(sx.capture(make(model), batch), tmp_path / "step", target="onnx")
+    assert capfd.readouterr() == ("", "")

@@ -99,7 +99,7 @@ def _drop(node: ir.Node) -> None:
     assert node.graph is not None
     if not _droppable(node):
         return
-    if value.shape is None:
-        value.shape = result.shape
+    value.type = value.type or result.type
+    value.shape = value.shape if value.shape is not None else result.shape
     result.replace_all_uses_with(value)
     node.graph.remove(node, safe=True)
