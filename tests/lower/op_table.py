@@ -199,6 +199,7 @@ ELEMENTWISE = [
     Row("atan2", torch.atan2, [_x(20), _x(20, seed=1)]),
     Row("linspace", lambda x: x + torch.linspace(0, 1 / 3, 7, dtype=x.dtype), [_x(7)]),
     Row("signbit", lambda x: torch.signbit(x.detach()), [torch.tensor([-1.0, -0.0, 0.0, 2.0])]),
+    Row("copysign of a number", lambda x: torch.copysign(x, -2.0), [_x(6)]),
     Row("copysign", lambda x, y: torch.copysign(x, y), [_x(6), _x(6, seed=1)]),
     Row("silu", F.silu, [_x(40) * 3]),
     Row("mish", F.mish, [_x(40) * 3]),
@@ -265,6 +266,24 @@ BAGS = [
         [_x(5, 3)]),
 ]  # fmt: skip
 
+POOLS = [
+    Row(f"max_pool{n}d_with_indices, {name}", lambda x, n=n, options=options:
+        getattr(F, f"max_pool{n}d")(x, *options), [x])
+    for n, x in ((2, _x(2, 3, 6, 8)), (3, _x(2, 3, 4, 6, 5)), (2, _x(3, 6, 8)), (3, _x(3, 4, 6, 5)))
+    for name, options in (
+        (f"rank {x.dim()}, tiling", (2,)), (f"rank {x.dim()}, overlapping", (3, 2, 1)),
+    )
+] + [
+    Row(f"adaptive_max_pool{n}d_backward, rank {x.dim()}", lambda x, n=n:
+        getattr(F, f"adaptive_max_pool{n}d")(x, 3), [x])
+    for n, x in ((2, _x(2, 3, 6, 8)), (3, _x(2, 3, 4, 6, 5)), (2, _x(3, 6, 8)), (3, _x(3, 4, 6, 5)))
+] + [
+    Row("_native_batch_norm_legit_functional, in evaluation, all results", lambda x, m, v:
+        torch.ops.aten._native_batch_norm_legit_functional(
+            x.detach(), m.detach(), v.detach(), m.detach(), v.detach(), False, 0.1, 1e-3
+        )[0::3], [_x(4, 3, 5), _x(3), _x(3, seed=1).exp()]),
+]  # fmt: skip
+
 TABLE: dict[str, list[Row]] = {
     "norms": NORMS,
     "scatter": SCATTER,
@@ -274,4 +293,5 @@ TABLE: dict[str, list[Row]] = {
     "losses": LOSSES,
     "grids": GRIDS,
     "bags": BAGS,
+    "pools": POOLS,
 }

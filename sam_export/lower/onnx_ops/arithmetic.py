@@ -197,6 +197,7 @@ def _torch_name(dtype: int) -> str:
 
 
 @lowering("aten::scalar_tensor")
+@lowering("prims::scalar_tensor")
 def scalar_tensor(value: float, dtype: Any = None, **_: Any) -> Any:
     """aten::scalar_tensor(Scalar s, *, ScalarType? dtype=None, ...) -> Tensor"""
     return _constant(value, dtype, None)

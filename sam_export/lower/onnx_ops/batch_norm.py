@@ -55,7 +55,9 @@ def batch_norm_training(
     """
     if not training:
         y = _normalized(x, w, b, running_mean, op.Add(running_var, scalar(eps, x)))
-        return y, full(0, 0.0, x), full(0, 0.0, x), running_mean, running_var
+        # An input as it is may not be a result: the exporter gives results names.
+        kept = (op.Identity(running_mean), op.Identity(running_var))
+        return y, full(0, 0.0, x), full(0, 0.0, x), *kept
     y, mean, var, invstd = _batch_statistics(x, w, b, eps)
     n = _per_channel(x)
     unbiased = op.Mul(var, op.Div(n, op.Sub(n, scalar(1.0, x))))

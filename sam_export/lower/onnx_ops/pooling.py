@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -19,9 +19,32 @@ for 64 images of 64 channels and 4x4 pixels), and ``ScatterElements`` as long ag
 """
 
 
-@lowering("aten::max_pool2d_with_indices")
-@lowering("aten::max_pool3d_with_indices")
+def _batched(spatial: int, form: Callable[..., Any]) -> Callable[..., Any]:
+    """``form`` for images of so many axes, of one example too: that is a batch of one."""
+
+    def batched(*arguments: Any, **named: Any) -> Any:
+        first = next(value for value in arguments if isinstance(value, ir.Value))
+        if len(sizes(first)) == spatial + 2:
+            return form(spatial, *arguments, **named)
+        values = [_of_one(v) if isinstance(v, ir.Value) else v for v in arguments]
+        named = {k: _of_one(v) if isinstance(v, ir.Value) else v for k, v in named.items()}
+        results = form(spatial, *values, **named)
+        if isinstance(results, tuple):
+            return tuple(op.Squeeze(result, ints(0)) for result in results)
+        return op.Squeeze(results, ints(0))
+
+    return batched
+
+
+def _of_one(value: ir.Value) -> ir.Value:
+    batch: ir.Value = op.Unsqueeze(value, ints(0))
+    assert value.shape is not None
+    batch.dtype, batch.shape = value.dtype, ir.Shape([1, *value.shape])
+    return batch
+
+
 def max_pool(
+    spatial: int,
     x: ir.Value,
     kernel_size: Sequence[int],
     stride: Sequence[int] = (),
@@ -36,7 +59,7 @@ def max_pool(
     rest of a division by that image's size. `max_pool_backward` looks behind the division, which
     then is dead.
     """
-    image = sizes(x)[2:]
+    image = sizes(x)[-spatial:]
     kernel = _spread(kernel_size, len(image))
     y, flat = op.MaxPool(
         x,
@@ -50,9 +73,8 @@ def max_pool(
     return y, op.Mod(flat, ints(prod(static("An image that is pooled", image))))
 
 
-@lowering("aten::max_pool2d_with_indices_backward")
-@lowering("aten::max_pool3d_with_indices_backward")
 def max_pool_backward(
+    spatial: int,
     dy: ir.Value,
     x: ir.Value,
     kernel_size: Sequence[int],
@@ -69,7 +91,7 @@ def max_pool_backward(
     ``dx[indices] += dy``, over the flat tensor. Windows that do not overlap hit each input once.
     Where windows tile a small image, no index is needed (`_tiled`).
     """
-    image = sizes(x)[2:]
+    image = sizes(x)[-spatial:]
     kernel = _spread(kernel_size, len(image))
     strides = _spread(stride, len(image)) if stride else kernel
     dilation = _spread(dilation, len(image))
@@ -83,7 +105,7 @@ def max_pool_backward(
     disjoint = all(s > r for s, r in zip(strides, reach, strict=True))
     division = indices.producer()
     if division is None or division.op_type != "Mod":
-        return _scattered(dy, x, indices)
+        return _scattered(spatial, dy, x, indices)
     flat_indices = division.inputs[0]
     zeros = op.Expand(scalar(0.0, dy), op.Reshape(op.Size(x), ints(1)))
     flat = op.ScatterElements(
@@ -96,19 +118,22 @@ def max_pool_backward(
     return op.Reshape(flat, op.Shape(x))
 
 
-@lowering("aten::adaptive_max_pool2d_backward")
-@lowering("aten::adaptive_max_pool3d_backward")
-def adaptive_max_pool_backward(dy: ir.Value, x: ir.Value, indices: ir.Value) -> Any:
+def adaptive_max_pool_backward(spatial: int, dy: ir.Value, x: ir.Value, indices: ir.Value) -> Any:
     """aten::adaptive_max_pool2d_backward(Tensor grad_output, Tensor self, Tensor indices) -> Tensor
 
     ``dx[indices] += dy`` within each image of one channel.
     """
-    return _scattered(dy, x, indices)
+    return _scattered(spatial, dy, x, indices)
 
 
-def _scattered(dy: ir.Value, x: ir.Value, indices: ir.Value) -> Any:
+for _n in (2, 3):
+    lowering(f"aten::max_pool{_n}d_with_indices")(_batched(_n, max_pool))
+    lowering(f"aten::max_pool{_n}d_with_indices_backward")(_batched(_n, max_pool_backward))
+    lowering(f"aten::adaptive_max_pool{_n}d_backward")(_batched(_n, adaptive_max_pool_backward))
+
+
+def _scattered(spatial: int, dy: ir.Value, x: ir.Value, indices: ir.Value) -> Any:
     """``dx[indices] += dy`` within each image, with torch's own indices."""
-    spatial = 2 if len(sizes(x)) < 5 else 3
     pixels = prod(static("An image that is pooled", sizes(x)[-spatial:]))
     pooled = prod(static("An image that is pooled", sizes(dy)[-spatial:]))
     zeros = op.Expand(scalar(0.0, dy), op.Shape(op.Reshape(x, ints(-1, pixels))))
