@@ -184,6 +184,9 @@ ELEMENTWISE = [
     ),
     Row("digamma at its poles", lambda x: torch.digamma(x.detach()),
         [torch.tensor([0.0, -0.0, -1.0, 1.0]).double()]),
+    Row("special_erfcx", torch.special.erfcx, [torch.linspace(-3, 30, 40).double()]),
+    Row("special_log_ndtr", torch.special.log_ndtr, [torch.linspace(-40, 6, 40).double()]),
+    Row("erfc", torch.erfc, [torch.linspace(-3, 9, 40).double()]),
     Row("hypot", torch.hypot, [torch.tensor([3.0, -2.0, 1e-3, 5.0]).double(),
                                torch.tensor([4.0, 1.0, 1e-4, -9.0]).double()]),
     Row("hypot of large numbers", lambda x, y: torch.hypot(x, y), [

@@ -18,7 +18,7 @@ _SMALL = (
     (1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3,
      2.84423683343917062e3),
 )  # fmt: skip
-_LARGE = (
+LARGE = (
     (2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594, 6.61191906371416295e1,
      2.98635138197400131e2, 8.81952221241769090e2, 1.71204761263407058e3, 2.05107837782607147e3,
      1.23033935479799725e3),
@@ -50,7 +50,7 @@ def erf(x: ir.Value) -> Any:
     y = op.Min(op.Abs(x), scalar(_ONE, x))
     square = op.Mul(y, y)
     small = op.Mul(x, _fraction(_SMALL, square, x))
-    rest = op.Mul(op.Exp(op.Neg(square)), _fraction(_LARGE, y, x))
+    rest = op.Mul(op.Exp(op.Neg(square)), _fraction(LARGE, y, x))
     large = op.Mul(op.Sign(x), op.Sub(scalar(1.0, x), rest))
     return op.Where(op.LessOrEqual(y, scalar(0.46875, x)), small, large)
 
