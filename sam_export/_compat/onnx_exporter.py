@@ -25,7 +25,7 @@ from torch.onnx._internal.exporter import (
     _registration,
 )
 
-from sam_export._compat.tracing import forget_history
+from sam_export._compat.tracing import TORCH, forget_history
 from sam_export.errors import LoweringError
 
 Forms = Mapping[Any, Callable[..., Any]]
@@ -101,14 +101,26 @@ def _watched(
 ) -> Callable[..., Any]:
     """``function`` with results row by row, as ATen's are: the views behind them rely on it.
 
-    What it refuses stays as it is, and is noted.
+    What it refuses stays as it is, and is noted. So is what it fixes: a loop over a symbolic size
+    would be right for the example's size only.
     """
 
     def watched(*arguments: Any, **named: Any) -> Any:
+        sizes = _Sizes(arguments)
         try:
             results = function(*arguments, **named)
         except LoweringError as error:
             refused[target] = str(error)
+            return NotImplemented
+        except Exception as error:
+            refused[target] = f"Its decomposition failed: {type(error).__name__}: {error}"
+            return NotImplemented
+        fixed = sizes.fixed()
+        if fixed:
+            refused[target] = (
+                f"It needs fixed sizes in ONNX; what is written would only be right while {fixed}. "
+                "Capture with dynamic=None, or mark other sizes."
+            )
             return NotImplemented
         if results is NotImplemented:
             return results
@@ -119,15 +131,46 @@ def _watched(
     return watched
 
 
+class _Sizes:
+    """What is known of symbolic sizes, to see what becomes known."""
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        sizes = [
+            size
+            for value in torch.utils._pytree.tree_leaves(arguments)
+            for size in (value.shape if isinstance(value, torch.Tensor) else [value])
+            if isinstance(size, torch.SymInt)
+        ]
+        self._env = sizes[0].node.shape_env if sizes else None
+        self._guards = len(self._env.guards) if self._env is not None else 0
+        self._replaced = set(self._env.replacements) if self._env is not None else set()
+
+    def fixed(self) -> str:
+        """The conditions of branches that were taken outside torch since then; empty for none."""
+        if self._env is None:
+            return ""
+        found = [
+            str(guard.expr)
+            for guard in self._env.guards[self._guards :]
+            if not getattr(guard.sloc.framework_loc, "filename", "").startswith(TORCH)
+        ]
+        for symbol in set(self._env.replacements) - self._replaced:
+            found.append(f"{symbol} == {self._env.replacements[symbol]}")
+        return " and ".join(found)
+
+
 def without_form(program: torch.export.ExportedProgram, opset: int, forms: Forms) -> list[fx.Node]:
-    """The nodes that neither we nor the exporter can translate."""
+    """The nodes that neither we nor the exporter can translate; all that hold subgraphs are."""
     registry = _registry(opset, forms)
     return [
         node
         for node in program.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-        and not _core._is_onnx_op(node.target)
-        and not registry.is_registered(node.target)
+        if isinstance(node.target, torch._ops.HigherOrderOperator)
+        or (
+            isinstance(node.target, torch._ops.OpOverload)
+            and not _core._is_onnx_op(node.target)
+            and not registry.is_registered(node.target)
+        )
     ]
 
 

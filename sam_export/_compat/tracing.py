@@ -20,8 +20,8 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_NN = os.path.join(_TORCH, "nn") + os.sep
+TORCH = os.path.dirname(torch.__file__) + os.sep
+_NN = os.path.join(TORCH, "nn") + os.sep
 
 
 class _WitnessedEnv(ShapeEnv):
@@ -58,7 +58,7 @@ class FakeInputs:
             location = guard.sloc.framework_loc
             if not isinstance(location, traceback.FrameSummary):
                 found.append((self._named(guard.expr), str(guard.sloc)))
-            elif not location.filename.startswith(_TORCH) or location.filename.startswith(_NN):
+            elif not location.filename.startswith(TORCH) or location.filename.startswith(_NN):
                 where = f"{location.filename}:{location.lineno}, in {location.name}"
                 found.append((self._named(guard.expr), f"{where}: {location.line}"))
         return found

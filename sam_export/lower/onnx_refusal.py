@@ -67,7 +67,8 @@ def refusal(program: str, found: Iterable[tuple[fx.Node, str]]) -> LoweringError
     """
     groups: dict[tuple[str, str], list[fx.Node]] = {}
     for node, reason in found:
-        groups.setdefault((str(node.target._schema), reason), []).append(node)  # type: ignore[union-attr]
+        schema = getattr(node.target, "_schema", node.target)
+        groups.setdefault((str(schema), reason), []).append(node)
     lines = []
     for (schema, reason), nodes in groups.items():
         origin = next(filter(None, map(origins.origin_of, nodes)), "") or "the step"

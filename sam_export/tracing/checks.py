@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
+from sam_export._compat.origins import stage_of
 from sam_export.artifact.contract import StepContract
 from sam_export.errors import CaptureError
 
@@ -45,11 +46,16 @@ def refuse_wrong_flow(
     placeholders = graph.find_nodes(op="placeholder")
     position = {node: index for index, node in enumerate(placeholders)}
     (result,) = graph.find_nodes(op="output")
+    trained = [s.name for s in contract.state if s.role == "parameter" and s.trainable]
+    every = sum(1 << inputs.index(name) for name in trained)
+    first_pass = 1 << len(inputs)  # of what the first pass computes from the parameters
     reached: dict[fx.Node, int] = {}
     for node in graph.nodes:
         mask = 1 << position[node] if node in position else 0
         for source in node.all_input_nodes:
             mask |= reached[source]
+        if mask & every and stage_of(node) == "ascent":
+            mask |= first_pass
         reached[node] = mask
     bit = {name: 1 << index for index, name in enumerate(inputs)}
     batch = sum(bit[spec.name] for spec in contract.batch)
@@ -65,11 +71,9 @@ def refuse_wrong_flow(
         raise CaptureError("The loss of the captured step depends on a hyper-parameter.")
     need("loss", batch, "the batch")
     need("perturbed_loss", bit["hyper.rho"], "rho")
-    trained = [s.name for s in contract.state if s.role == "parameter" and s.trainable]
-    every = sum(bit[name] for name in trained)
     for name in trained:
         new = f"next.{name}"
         need(new, bit["hyper.lr"], "lr: the base update is missing")
-        if depends[new] & every & ~bit[name] or depends[new] & bit["hyper.rho"]:
+        if depends[new] & (first_pass | bit["hyper.rho"]):
             need(new, bit["hyper.rho"], "rho: the second pass is missing")
             need(new, batch, "the batch")

@@ -55,6 +55,10 @@ def gaussian_nll_loss(
     v = var if isinstance(var, Tensor) else torch.full_like(input, var)
     if v.shape != input.shape and input.shape[:-1] == v.shape:
         v = v.unsqueeze(-1)
+    elif v.shape != input.shape:
+        pairs = zip(input.shape, v.shape, strict=False)
+        if v.dim() != input.dim() or sum(y for x, y in pairs if x != y) != 1:
+            raise ValueError("var is of incorrect size")
     negative = (v.detach() < 0).any()
     v = v.clone()
     with torch.no_grad():
@@ -62,7 +66,7 @@ def gaussian_nll_loss(
     loss = 0.5 * (torch.log(v) + (input - target) ** 2 / v)
     if full:
         loss = loss + 0.5 * math.log(2 * math.pi)
-    return _reduced(torch.where(negative, math.nan, loss), reduction)
+    return _reduced(loss * torch.where(negative, math.nan, 1.0), reduction)
 
 
 def multilabel_margin_loss(

@@ -62,11 +62,11 @@ class LoopedRecurrence(TorchFunctionMode):
             return func(*args)
         x, hx, weights, biases, layers, p, training, both, batch_first = args
         stack = _Stack(weights, biases, layers, p if training else 0.0, both)
-        first = hx[0] if name == "lstm" else hx
+        gates = 4 if name == "lstm" else 3
         loops = (
             name in ("lstm", "gru")
             and self.loops(x.shape[1 if batch_first else 0])
-            and first.shape[-1] == weights[1].shape[-1]  # no projection
+            and weights[1].shape[0] == gates * weights[1].shape[1]  # no projection
         )
         if not loops and not (layers > 1 and p and training):
             return func(*args)

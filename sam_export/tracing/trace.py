@@ -167,7 +167,7 @@ def explained(error: Exception) -> CaptureError:
     what = "depends on the value of a tensor" if _data_dependent(error) else "cannot be traced"
     advice = (
         "A graph cannot branch on values or read them into Python (.item(), float(tensor), "
-        "if tensor > 0, boolean indexing). Use torch.where or torch.cond, or move it out of the "
+        "if tensor > 0, boolean indexing). Use torch.where, or move it out of the "
         "model."
         if _data_dependent(error)
         else "The original error is above this one."

@@ -105,6 +105,10 @@ SCATTER = [
             [_x(4, 3), _integers(4, 5), _x(5, 3, seed=1)])
         for kind in ("mean", "amax", "amin", "prod")
     ),
+    Row("scatter_reduce.two of integers", lambda x, i: (
+        x.scatter_reduce(0, i, x, "amax", include_self=False),
+        x.scatter_reduce(0, i, x, "amin", include_self=False)),
+        [_integers(9, 4) - 4, _integers(4, 4, seed=1)]),
     Row("index_reduce of a scalar", lambda x, i, s: x.index_reduce(0, i, s, "amax"),
         [_x(), torch.tensor([0]), _x(seed=1)]),
     Row("put", lambda x, s: x.put(torch.tensor([[1, -2], [4, 0]]), s), [_x(3, 4), _x(2, 2)]),
@@ -140,6 +144,8 @@ SCANS = [
     Row("cummax of a scalar", lambda x: x.cummax(0), [_x()]),
     Row("prod", lambda x: (x.prod(), x.prod(1), x.prod(0, keepdim=True)), [_x(3, 5)]),
     Row("prod with zeros", lambda x: ((x * (x.abs() > 0.4)).prod(), x.prod(1)), [_x(3, 5)]),
+    Row("products of integers", lambda i: (i.cumprod(0), i.prod(0), i.prod()),
+        [torch.tensor([2**20, 2**20, 3], dtype=torch.int32)]),
     Row("prod of a scalar", lambda x: x.prod(0), [_x()]),
     Row("prod, dtype", lambda x: x.prod(1, dtype=torch.float32), [_x(3, 4)],
         dtypes=(torch.float32,)),
@@ -153,6 +159,20 @@ SELECTION = [
     Row("nanmedian", lambda x: x.nanmedian(), [_NAN.double()]),
     Row("nanmedian.dim", lambda x: x.nanmedian(1), [_NAN.double()]),
     Row("nanmedian of a scalar", lambda x: x.nanmedian(0), [_x()]),
+    Row(
+        "nanmedian with infinities",
+        lambda x: x.detach().nanmedian(1),
+        [
+            torch.tensor(
+                [[math.nan, math.inf, math.nan], [math.nan] * 3, [math.inf, -math.inf, math.nan]]
+            )
+        ],
+    ),
+    Row(
+        "order statistics of integers",
+        lambda i: (*i.median(0), *i.nanmedian(0), *i.mode(0)),
+        [_integers(4, 7, 3)],
+    ),
     Row("mode", lambda x: x.mode(1), [_ties(4, 7)]),
     Row("mode of a scalar", lambda x: x.mode(0), [_x()]),
     Row("kthvalue of a scalar", lambda x: x.kthvalue(1), [_x()]),
@@ -184,9 +204,11 @@ ELEMENTWISE = [
     ),
     Row("digamma at its poles", lambda x: torch.digamma(x.detach()),
         [torch.tensor([0.0, -0.0, -1.0, 1.0]).double()]),
-    Row("special_erfcx", torch.special.erfcx, [torch.linspace(-3, 30, 40).double()]),
+    Row("special_erfcx", torch.special.erfcx, [torch.linspace(-3, 30, 40).double()],
+        covers=("erfcx",)),
     Row("special_log_ndtr", torch.special.log_ndtr, [torch.linspace(-40, 6, 40).double()]),
     Row("erfc", torch.erfc, [torch.linspace(-3, 9, 40).double()]),
+    Row("lgamma of large numbers", torch.lgamma, [torch.tensor([9.0, 1e3, 7e4, 1e6]).double()]),
     Row("hypot", torch.hypot, [torch.tensor([3.0, -2.0, 1e-3, 5.0]).double(),
                                torch.tensor([4.0, 1.0, 1e-4, -9.0]).double()]),
     Row("hypot of large numbers", lambda x, y: torch.hypot(x, y), [
@@ -260,6 +282,9 @@ BAGS = [
     for mode in ("sum", "mean", "max")
     for options in ({}, {"padding_idx": 4}, {"include_last_offset": True})
 ] + [
+    Row("_embedding_bag, scale_grad_by_freq", lambda w: F.embedding_bag(
+        _INDICES, w, _OFFSETS, mode="sum", scale_grad_by_freq=True), [_x(5, 3)],
+        gap="refused: PyTorch's own gradient on the CPU divides by the counts of other indices"),
     Row("_embedding_bag, per-sample weights", lambda w, s: F.embedding_bag(
         _INDICES, w, _OFFSETS, mode="sum", per_sample_weights=s, padding_idx=2),
         [_x(5, 3), _x(7, seed=1)], covers=("_embedding_bag_per_sample_weights_backward",)),

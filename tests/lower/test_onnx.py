@@ -217,3 +217,22 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     batch = (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4).long())
     sx.export(sx.capture(make(model), batch), tmp_path / "step", target="onnx")
     assert capfd.readouterr() == ("", "")
+
+
+class Scanned(nn.Linear):
+    """A running maximum over the batch: its number of passes depends on the batch's size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cummax(super().forward(x), 0)[0]
+
+
+def test_a_loop_over_a_symbolic_size_is_refused(tmp_path: Path) -> None:
+    """It would be right for the example's size only, without a word."""
+    step = make(Scanned(5, 3))
+    captured = sx.capture(step, batches(1)[0])
+    with pytest.raises(sx.LoweringError, match=r"needs fixed sizes in ONNX.*only be right while"):
+        sx.export(captured, tmp_path / "step", target="onnx")
+    fixed = sx.capture(step, batches(1)[0], dynamic=None)
+    sx.export(fixed, tmp_path / "step", target="onnx")
+    found = sx.load(tmp_path / "step").step(*batches(1)[0])
+    assert float(found.loss) == pytest.approx(float(step(*batches(1)[0]).loss), rel=1e-6)

@@ -19,7 +19,7 @@ from tests.lower.onnx_cases import check, every_dtype, randn
 TOKENS, BATCH, HIDDEN = 5, 3, 4
 
 
-# What is tested here, as `test_every_form_has_a_test_here` looks for it:
+# What is tested here, as `test_every_form_is_tested` looks for it:
 # aten.sam_export::lstm_steps, aten.sam_export::lstm_steps_backward,
 # aten.sam_export::gru_steps, aten.sam_export::gru_steps_backward,
 
@@ -156,3 +156,25 @@ def test_dropout_in_a_packed_sequence_is_refused() -> None:
         lstm(packed)
     with LoopedRecurrence():
         assert lstm.eval()(packed)[0].data.shape == (8, 4)
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 6, proj_size=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(x)[0][:, -1]
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_projection_is_not_taken_for_a_loop() -> None:
+    """Over a symbolic number of tokens it is refused, and right where the number is fixed."""
+    step = cross_entropy_step(Projected(), "sgd", 0.05, None)
+    batch = torch.randn(4, 5, 3), torch.randint(2, (4,))
+    with pytest.raises(sx.CaptureError, match="time"):
+        sx.capture(step, batch, dynamic={"x": {0: "batch", 1: "time"}, "target": {0: "batch"}})
+    session = sx.load(sx.capture(step, batch), target="torchscript")
+    loss = float(session.step(*batch).loss)
+    assert loss == pytest.approx(float(step(*batch).loss), rel=1e-6)

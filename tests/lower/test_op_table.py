@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from sam_export.errors import LoweringError
 from tests.lower.onnx_cases import Case, check, every_dtype, with_gradients
 from tests.lower.op_table import TABLE, Row
 
@@ -22,6 +23,7 @@ def rows(group: str, dtype: torch.dtype, gaps: bool) -> list[Row]:
     return [row for row in TABLE[group] if dtype in row.dtypes and bool(row.gap) == gaps]
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce", "ignore:The reduce argument of torch.scatter")
 @every_dtype
 @pytest.mark.parametrize("group", TABLE)
 def test_rows(group: str, dtype: torch.dtype) -> None:
@@ -29,6 +31,14 @@ def test_rows(group: str, dtype: torch.dtype) -> None:
     own = rows(group, dtype, gaps=False)
     tolerances = {row.op: row.tolerance[dtype] for row in own}
     check(tolerances, **{row.op: case(row, dtype) for row in own})
+
+
+@pytest.mark.xfail(strict=True, raises=(AssertionError, LoweringError))
+@pytest.mark.parametrize(
+    "row", [row for own in TABLE.values() for row in own if row.gap], ids=lambda row: row.op
+)
+def test_gaps(row: Row) -> None:
+    check(row=case(row, row.dtypes[0]))
 
 
 def test_a_wrong_gradient_is_found() -> None:

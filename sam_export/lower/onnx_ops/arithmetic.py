@@ -250,6 +250,8 @@ def _product(x: ir.Value, dims: Sequence[int] | None, keepdim: bool, dtype: int 
     rank = len(sizes(x))
     axes = list(range(rank)) if dims is None else [dim % rank for dim in dims if rank]
     keep = int(keepdim)
+    if dtype in (None, -1) and not np.issubdtype(numpy_dtype(x), np.floating):
+        dtype = ir.DataType.INT64.value
     if dtype not in (None, -1):
         x = op.Cast(x, to=dtype)
     return op.ReduceProd(x, ints(*axes), keepdims=keep) if axes else op.Identity(x)

@@ -1,7 +1,7 @@
 """Operators in terms of simpler ones, where neither ONNX nor torch's own table has a form.
 
 Each is written in torch and traced when a graph is lowered, so its sizes may be symbolic where it
-does not loop over them.
+does not loop over them or read them; where it does, the export is refused.
 """
 
 from __future__ import annotations

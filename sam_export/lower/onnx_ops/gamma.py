@@ -15,15 +15,28 @@ Source: NIST Digital Library of Mathematical Functions, https://dlmf.nist.gov/5.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sam_export.lower.onnx_ops.table import decomposition
+from sam_export.lower.onnx_ops.table import Function, decomposition
 
 _SHIFT = 8
 _BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510)
+
+
+def _wide(function: Function) -> Function:
+    """Computes float16 in float32: the factors leave its range."""
+
+    def wide(*arguments: Any) -> Any:
+        *others, x = arguments
+        if x.dtype != torch.float16:
+            return function(*arguments)
+        return function(*others, x.float()).half()
+
+    return cast(Function, wide)
 
 
 def _reflected(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,23 +47,27 @@ def _reflected(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @decomposition("prims::lgamma")
 @decomposition("aten::lgamma")
+@_wide
 def lgamma(x: Tensor) -> Tensor:
     """aten::lgamma(Tensor self) -> Tensor
 
     Below 1/2: ``log(pi / |sin(pi x)|) - lgamma(1 - x)``.
     """
     small, z = _reflected(x)
-    y = z + _SHIFT
+    far = z > _SHIFT  # no shift there: the product of the factors would overflow
+    y = torch.where(far, z, z + _SHIFT)
     series = (y - 0.5) * y.log() - y + 0.5 * math.log(2.0 * math.pi)
     square, power = y * y, y
     for index, number in enumerate(_BERNOULLI):
         k = index + 1
         series = series + number / (2 * k * (2 * k - 1)) / power
         power = power * square
-    product = z
+    near = torch.where(far, 1.0, z)
+    product = near
     for shift in range(1, _SHIFT):
-        product = product * (z + shift)
-    value = torch.where(torch.isinf(x), torch.full_like(x, math.inf), series - product.log())
+        product = product * (near + shift)
+    value = torch.where(far, series, series - product.log())
+    value = torch.where(torch.isinf(x), torch.full_like(x, math.inf), value)
     # The sine of the distance to the next whole number: pi x itself is not exact for a large x.
     sine = (math.pi * (x - x.round())).sin().abs()
     return torch.where(small, math.log(math.pi) - sine.log() - value, value)
@@ -58,6 +75,7 @@ def lgamma(x: Tensor) -> Tensor:
 
 @decomposition("prims::digamma")
 @decomposition("aten::digamma")
+@_wide
 def digamma(x: Tensor) -> Tensor:
     """aten::digamma(Tensor self) -> Tensor
 
@@ -82,6 +100,7 @@ def digamma(x: Tensor) -> Tensor:
 
 
 @decomposition("aten::polygamma")
+@_wide
 def polygamma(n: int, x: Tensor) -> Tensor:
     """aten::polygamma(int n, Tensor self) -> Tensor
 

@@ -51,7 +51,9 @@ decomposition("aten::cummin")(_running(lambda later, earlier: later <= earlier))
 @decomposition("aten::cumprod")
 def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """aten::cumprod(Tensor self, int dim, *, ScalarType? dtype=None) -> Tensor"""
-    values = x if dtype is None else x.to(dtype)
+    if dtype is None:
+        dtype = x.dtype if x.is_floating_point() else torch.int64
+    values = x.to(dtype)
     if x.dim() == 0:
         return values.clone()
     size, shift = x.shape[dim], 1

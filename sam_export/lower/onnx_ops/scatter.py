@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
 from sam_export.errors import LoweringError
 from sam_export.lower.onnx_ops.arithmetic import Operand
-from sam_export.lower.onnx_ops.table import ints, lowering, scalar, sizes
+from sam_export.lower.onnx_ops.table import ints, lowering, numpy_dtype, scalar, sizes
 
 _REDUCTIONS = {"add": "add", "sum": "add", "multiply": "mul", "prod": "mul", "amax": "max",
                "amin": "min"}  # fmt: skip
@@ -79,7 +80,7 @@ def scatter_reduce_two(
         raise LoweringError(f"scatter_reduce(reduce={reduce!r}) has no ONNX form.")
     start = x
     if not include_self:
-        start = _scattered(x, dim, index, _neutral(reduce), "none")
+        start = _scattered(x, dim, index, _neutral(reduce, x), "none")
         start.dtype, start.shape = x.dtype, x.shape
     if reduce != "mean":
         return _scattered(start, dim, index, src, _REDUCTIONS[reduce])
@@ -94,9 +95,13 @@ def scatter_reduce_two(
     return op.Div(total, op.Max(count, scalar(1, x)))
 
 
-def _neutral(reduce: str) -> float:
+def _neutral(reduce: str, x: ir.Value) -> float:
     if reduce in ("prod", "multiply"):
         return 1.0
-    if reduce in ("amax", "amin"):
+    if reduce not in ("amax", "amin"):
+        return 0.0
+    kind = numpy_dtype(x)
+    if np.issubdtype(kind, np.floating):
         return float("-inf") if reduce == "amax" else float("inf")
-    return 0.0
+    bounds = np.iinfo(kind)
+    return int(bounds.min if reduce == "amax" else bounds.max)

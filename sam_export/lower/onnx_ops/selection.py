@@ -30,6 +30,8 @@ def median_dim(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tens
     if x.dim() == 0:
         return x.clone(), torch.zeros_like(x, dtype=torch.int64)
     values, indices = kthvalue(x, (x.shape[dim] + 1) // 2, dim, keepdim)
+    if not x.is_floating_point():
+        return values, indices
     nan = x.isnan()
     undefined = nan.any(dim, keepdim)
     first = nan.to(torch.int32).argmax(dim, keepdim)
@@ -44,13 +46,17 @@ def nanmedian_dim(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, T
     """aten::nanmedian.dim(Tensor self, int dim, bool keepdim=False) -> (Tensor values, Tensor
     indices)
 
-    The median of the values that are not NaN, which sort behind the largest number here.
+    The median of the values that are not NaN: these sort before the others, and then among
+    themselves. NaN where there are none.
     """
     if x.dim() == 0:
         return x.clone(), torch.zeros_like(x, dtype=torch.int64)
+    if not x.is_floating_point():
+        return median_dim(x, dim, keepdim)
     nan = x.isnan()
-    sort_key = torch.where(nan, torch.full_like(x, float("inf")), x)
-    places = torch.sort(sort_key, stable=True, dim=dim)[1]
+    first = torch.sort(nan.to(torch.int32), stable=True, dim=dim)[1]
+    key = torch.gather(torch.where(nan, torch.full_like(x, float("inf")), x), dim, first)
+    places = torch.gather(first, dim, torch.sort(key, stable=True, dim=dim)[1])
     count = nan.logical_not().to(torch.int64).sum(dim, keepdim=True)
     middle = (count - 1).clamp_min(0) // 2
     index = torch.gather(places, dim, middle)
@@ -82,7 +88,8 @@ def mode(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tenso
     equal = moved.unsqueeze(-1) == moved.unsqueeze(-2)
     count = equal.to(torch.int64).sum(-1)
     most = count == count.amax(-1, keepdim=True)
-    value = torch.where(most, moved, torch.full_like(moved, float("inf"))).amin(-1, keepdim=True)
+    largest = float("inf") if x.is_floating_point() else torch.iinfo(x.dtype).max
+    value = torch.where(most, moved, torch.full_like(moved, largest)).amin(-1, keepdim=True)
     places = torch.arange(x.shape[dim], device=x.device)
     index = torch.where(moved == value, places, -1).amax(-1, keepdim=True)
     value, index = value.movedim(-1, dim), index.movedim(-1, dim)

@@ -28,7 +28,8 @@ def safe_softmax(x: ir.Value, dim: int, dtype: int | None = None) -> Any:
     to 80 below the largest of their row, and what was -inf is made 0 afterwards.
     """
     if dtype not in (None, -1):
-        x = op.Cast(x, to=dtype)
+        shape, x = x.shape, op.Cast(x, to=dtype)
+        x.dtype, x.shape = ir.DataType(dtype), shape
     kind = numpy_dtype(x)
     lowest = scalar(float(np.finfo(kind).min), x)
     if kind in _FAR_BELOW:

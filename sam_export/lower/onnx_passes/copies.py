@@ -16,7 +16,8 @@ class RemoveCopies(ir.passes.InPlacePass):  # type: ignore[misc]
       copy a size of its own input).
 
     Ensures:
-        None of these is left in the main graph, but where a node makes an output of the graph.
+        No such pair, ``Cast`` or ``Transpose`` is left in the main graph, but where a node makes an
+        output of the graph.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
