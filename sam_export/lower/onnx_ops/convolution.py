@@ -145,6 +145,10 @@ def convolution_backward(
     if transposed:
         if output_mask[0]:
             dx = _convolution(dy, w, None, stride, padding, dilation, groups)
+            if _grid(grid, kernel[2:], stride, padding, dilation) != window:
+                # An output padding as large as the stride has room for one more window.
+                axes = range(2, 2 + spatial)
+                dx = op.Slice(dx, ints(*[0] * spatial), ints(*window), ints(*axes))
         if output_mask[1]:
             dw = _weight_gradient(x, dy, kernel, window, stride, padding, dilation, groups)
     elif winograd.fits(x.dtype, kernel, sizes(x)[0], window, padding, [*stride, *dilation, groups]):
