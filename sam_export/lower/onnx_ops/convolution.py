@@ -214,15 +214,15 @@ def _input_gradient(
         if not strided and min(*before, *after) >= 0 and _flipping_pays(kernel, window, groups):
             pads = [*before, *after]
             return op.Conv(dy, _flipped(w, kernel, groups), pads=pads, dilations=dilation)
-        return op.ConvTranspose(
-            dy,
-            w,
-            strides=stride,
-            pads=padding * 2,
-            dilations=dilation,
-            output_padding=rest,
-            group=groups,
-        )
+        options = {"strides": stride, "dilations": dilation, "group": groups}
+        if all(e < t for e, t in zip(rest, stride, strict=True)):
+            return op.ConvTranspose(dy, w, pads=padding * 2, output_padding=rest, **options)
+        # ONNX Runtime is wrong for a larger one. It takes away from the padding behind the image;
+        # what it has more than that is zeros that no window reaches.
+        behind = [max(p - e, 0) for p, e in zip(padding, rest, strict=True)]
+        zeros = [max(e - p, 0) for p, e in zip(padding, rest, strict=True)]
+        dx = op.ConvTranspose(dy, w, pads=[*padding, *behind], **options)
+        return op.Pad(dx, ints(*[0] * (len(rest) + 2), 0, 0, *zeros))
     # dx is the convolution, at stride 1, of dy spread out by the stride with the flipped kernel,
     # in which the channels of a group have changed places.
     spread = spread_out(op.Transpose(dy, perm=batch_last(len(grid))), kernel[0], grid, stride)
