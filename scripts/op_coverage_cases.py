@@ -27,10 +27,22 @@ _THEIR_KIN = {
 }
 
 
-def counts_apart(name: str) -> bool:
-    """Whether an operator is of a family few of which have an ONNX form, or a function of those:
-    factorizations and solvers, Fourier transforms, special functions."""
-    return name.startswith(_FAMILIES) or name in _THEIR_KIN
+_RANDOM = {
+    *("bernoulli", "normal", "normal.number_mean", "nn.functional.rrelu"),
+    *(f"nn.functional.{name}" for name in ("dropout", "dropout2d", "dropout3d", "alpha_dropout")),
+    *("nn.functional.feature_alpha_dropout.with_train", "nn.functional.fractional_max_pool2d"),
+    *("nn.functional.fractional_max_pool3d", "nn.functional.multi_head_attention_forward"),
+    "nn.functional.scaled_dot_product_attention",
+}
+"""The database's calls of these seed torch's generator, which a step refuses."""
+
+
+def counts_apart(name: str) -> str:
+    """``linalg, fft, special`` for factorizations and solvers, Fourier transforms and special
+    functions, few of which have an ONNX form; ``random`` for draws; empty for all else."""
+    if name in _RANDOM:
+        return "random"
+    return "linalg, fft, special" if name.startswith(_FAMILIES) or name in _THEIR_KIN else ""
 
 
 @dataclass(frozen=True)
