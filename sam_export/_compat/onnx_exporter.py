@@ -26,7 +26,6 @@ from torch.onnx._internal.exporter import (
 )
 
 from sam_export._compat.tracing import TORCH, forget_history
-from sam_export.errors import LoweringError
 
 Forms = Mapping[Any, Callable[..., Any]]
 
@@ -66,6 +65,7 @@ def decomposed(
     targets: Sequence[Any],
     own: Forms,
     refused: dict[Any, str],
+    refusal: type[Exception],
 ) -> torch.export.ExportedProgram:
     """``program`` in operators that have an ONNX form, as far as decompositions lead there.
 
@@ -76,13 +76,16 @@ def decomposed(
         targets: Operators for which torch's decomposition is taken though the exporter has a form.
         own: Our own decompositions.
         refused: Gets the operators that one of our own decompositions refuses, and why. They stay.
+        refusal: What a decomposition raises to refuse its arguments; its text stands for itself.
     """
     registry = _registry(opset, forms)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     table: dict[Any, Callable[..., Any]] = {}
     table |= _decomp.create_onnx_friendly_decomposition_table(known)
     table |= torch._decomp.get_decompositions(targets)  # type: ignore[arg-type]
-    table |= {target: _watched(target, function, refused) for target, function in own.items()}
+    table |= {
+        target: _watched(target, function, refused, refusal) for target, function in own.items()
+    }
     # As the exporter does it: sizes of 0 and 1 are as symbolic as others.
     with (
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
@@ -97,7 +100,10 @@ def decomposed(
 
 
 def _watched(
-    target: Any, function: Callable[..., Any], refused: dict[Any, str]
+    target: Any,
+    function: Callable[..., Any],
+    refused: dict[Any, str],
+    refusal: type[Exception],
 ) -> Callable[..., Any]:
     """``function`` with results row by row, as ATen's are: the views behind them rely on it.
 
@@ -109,11 +115,10 @@ def _watched(
         sizes = _Sizes(arguments)
         try:
             results = function(*arguments, **named)
-        except LoweringError as error:
-            refused[target] = str(error)
-            return NotImplemented
         except Exception as error:
-            refused[target] = f"Its decomposition failed: {type(error).__name__}: {error}"
+            known = isinstance(error, refusal)
+            text = "" if known else f"Its decomposition failed: {type(error).__name__}: "
+            refused[target] = f"{text}{error}"
             return NotImplemented
         fixed = sizes.fixed()
         if fixed:

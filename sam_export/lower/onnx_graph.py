@@ -39,7 +39,9 @@ def onnx_model(
     """
     own = {**OWN_DECOMPOSITIONS, **DRAWS_AS_PLACES}
     reasons: dict[Any, str] = {}
-    program = onnx_exporter.decomposed(program, OPSET, FORMS, DECOMPOSED, own, reasons)
+    program = onnx_exporter.decomposed(
+        program, OPSET, FORMS, DECOMPOSED, own, reasons, LoweringError
+    )
     missing = [(node, "") for node in onnx_exporter.without_form(program, OPSET, FORMS)]
     missing = [pair for pair in missing if pair[0].target not in reasons]
     missing += [(n, reasons[n.target]) for n in program.graph.nodes if n.target in reasons]

@@ -34,7 +34,7 @@ def raw() -> bytes:
     batch = (torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 2, 1, 1]))
     captured = sx.capture(step, batch)
     program = onnx_exporter.decomposed(
-        captured.programs["step"], OPSET, FORMS, DECOMPOSED, OWN_DECOMPOSITIONS, {}
+        captured.programs["step"], OPSET, FORMS, DECOMPOSED, OWN_DECOMPOSITIONS, {}, ValueError
     )
     spec = captured.contract.program("step")
     outputs = [output.name for output in spec.outputs]
