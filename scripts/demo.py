@@ -143,9 +143,13 @@ def train_side_by_side(
 
 
 def check(out: Path) -> sx.ParityReport:
-    """The parity check from the initial weights; the last batch is a smaller one."""
+    """The parity check from the initial weights; the last batch is a smaller one.
+
+    The first batches are not taken: in the second step from these weights one ReLU gets 4.5e-7,
+    less than float32 rounds a BatchNorm's output by, so that its gradient may be on or off.
+    """
     train_step, batches = digits_cnn.recipe(SEED, BATCH_SIZE, lr=LR, num_batches=1000)
-    chosen = [*batches[:7], batches[-1]]
+    chosen = [*batches[7:14], batches[-1]]
     report = sx.check_parity(
         train_step, chosen, targets=list(PARITY_TARGETS), num_steps=PARITY_STEPS
     )
