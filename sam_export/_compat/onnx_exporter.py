@@ -112,7 +112,7 @@ def _watched(
     """
 
     def watched(*arguments: Any, **named: Any) -> Any:
-        sizes = _Sizes(arguments)
+        sizes = _Sizes((arguments, named))
         try:
             results = function(*arguments, **named)
         except Exception as error:
@@ -139,7 +139,7 @@ def _watched(
 class _Sizes:
     """What is known of symbolic sizes, to see what becomes known."""
 
-    def __init__(self, arguments: Sequence[Any]) -> None:
+    def __init__(self, arguments: Any) -> None:
         sizes = [
             size
             for value in torch.utils._pytree.tree_leaves(arguments)

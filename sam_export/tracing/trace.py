@@ -104,10 +104,7 @@ def exported(
 
 
 def _functional(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        functional = tracing.decomposed_by(program, {})
-    module = functional.module(check_guards=False)
+    module = tracing.decomposed_by(program, {}).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     # Plain flat arguments and results, so that outputs may be dropped.
     module.graph.set_codegen(fx.graph.CodeGen())

@@ -19,11 +19,6 @@ from tests.lower.onnx_cases import check, every_dtype, randn
 TOKENS, BATCH, HIDDEN = 5, 3, 4
 
 
-# What is tested here, as `test_every_form_is_tested` looks for it:
-# aten.sam_export::lstm_steps, aten.sam_export::lstm_steps_backward,
-# aten.sam_export::gru_steps, aten.sam_export::gru_steps_backward,
-
-
 @every_dtype
 def test_lstm_steps(dtype: torch.dtype) -> None:
     shapes = [(TOKENS, BATCH, 4 * HIDDEN), (BATCH, HIDDEN), (BATCH, HIDDEN), (4 * HIDDEN, HIDDEN)]
