@@ -34,7 +34,7 @@ from sam_export.errors import ArtifactError
 
 @dataclass(frozen=True)
 class LoweredFile:
-    """A file of an artifact: a program in its target's form, or several.
+    """A file of an artifact: a program in its target's form, several, or none.
 
     Attributes:
         name: File name in the artifact (``step.onnx``).
@@ -57,6 +57,7 @@ class Lowered:
         state: Parameters, buffers and slots at export time, with the contract's dtypes.
         versions: Package name to version, of everything that shaped the files.
         details: JSON values that the target tells its engine and the user.
+        others: Files that hold no program of the contract.
     """
 
     target: str
@@ -66,6 +67,7 @@ class Lowered:
     state: dict[str, NDArray[Any]]
     versions: dict[str, str]
     details: dict[str, Any]
+    others: tuple[LoweredFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Artifact:
         files: Program name to file name.
         versions: Package name to the version that wrote it.
         details: JSON values that the target tells its engine and the user.
+        others: Names of the files that hold no program, beside manifest and state.
     """
 
     path: Path
@@ -89,6 +92,7 @@ class Artifact:
     files: dict[str, str]
     versions: dict[str, str]
     details: dict[str, Any]
+    others: tuple[str, ...] = ()
 
     def file(self, program: str) -> Path:
         """Path of a program's file; `ArtifactError` when there is no such program."""
@@ -103,7 +107,7 @@ class Artifact:
     @property
     def size(self) -> int:
         """Bytes of all files together."""
-        names = (MANIFEST_FILE, STATE_FILE, *set(self.files.values()))
+        names = (MANIFEST_FILE, STATE_FILE, *set(self.files.values()), *self.others)
         return sum((self.path / name).stat().st_size for name in names)
 
 
@@ -134,6 +138,11 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         },
         versions=manifest.versions,
         details=manifest.details,
+        others=tuple(
+            name
+            for name, entry in manifest.files.items()
+            if not entry.programs and name != STATE_FILE
+        ),
     )
 
 
@@ -216,6 +225,10 @@ def _by_file(lowered: Lowered) -> dict[str, tuple[tuple[str, ...], bytes]]:
         if data is not file.data:
             raise ArtifactError(f"Two programs want the file {file.name}, each its own content.")
         files[file.name] = ((*programs, program), data)
+    for file in lowered.others:
+        if file.name in files:
+            raise ArtifactError(f"The file {file.name} is wanted twice.")
+        files[file.name] = ((), file.data)
     return files
 
 
@@ -294,7 +307,8 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     if not path.is_file():
         held = " and ".join(map(repr, entry.programs))
-        what = f"the program {held}" if held else "the initial state"
+        what = f"the program {held}" if held else "a part of the artifact"
+        what = "the initial state" if name == STATE_FILE else what
         raise ArtifactError(f"{path} is missing; it holds {what}. Copy the whole folder again.")
     try:
         found = _entry(path, entry.programs)

@@ -36,7 +36,7 @@ class FileEntry:
     Attributes:
         sha256: Hash of its content, in hexadecimal.
         bytes: Its size.
-        programs: The programs that it holds; none for the initial state.
+        programs: The programs that it holds; the initial state, for one, holds none.
     """
 
     sha256: str
@@ -145,8 +145,8 @@ class Manifest:
             _require(
                 isinstance(entry.bytes, int)
                 and isinstance(entry.sha256, str)
-                and (not entry.programs) == (name == STATE_FILE),
-                f"the entry of {name!r} is not that of a program or of {STATE_FILE}",
+                and not (entry.programs and name == STATE_FILE),
+                f"the entry of {name!r} is not that of a file, or {STATE_FILE} holds a program",
             )
         _require(STATE_FILE in self.files, f"{STATE_FILE} is not among the files")
         held = sorted(program for entry in self.files.values() for program in entry.programs)

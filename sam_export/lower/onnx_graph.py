@@ -71,15 +71,20 @@ def onnx_model(
 
 
 def _own_outputs(graph: ir.Graph, inputs: tuple[str, ...], names: list[str]) -> None:
-    """An output that is an input or a constant gets a node of its own, and so its own name.
+    """An output that is an input, a constant or another output gets a node and a name of its own.
 
-    The exporter gives such an input the output's name.
+    The exporter gives such an input, or other output, the output's name.
     """
     for value, name in zip(graph.inputs, inputs, strict=False):  # then come random words
         if any(value is output for output in graph.outputs):
             value.name = name
+    seen: set[ir.Value] = set()
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
-        if value.producer() is None:
+        again = value in seen
+        if not again and value.producer() is not None:
+            value.name = name
+        seen.add(value)
+        if again or value.producer() is None:
             copy = ir.node("Identity", [value])
             copy.outputs[0].name = name
             if value.is_initializer():

@@ -49,9 +49,9 @@ def _verdict(source: ir.Value, output: ir.Value) -> str:
     if writer.op_type != "If":
         return _unsafe(source, output, set())
     # Everything in the outer graph that the If waits for, and all of one branch or the other.
-    waited = ancestors([*writer.inputs, *_captured(writer)])
+    waited = ancestors([*writer.inputs, *captured_values(writer)])
     branches = [attribute.as_graph() for attribute in writer.attributes.values()]
-    for reader in _readers(source):
+    for reader in readers(source):
         if reader is not writer and reader.graph not in branches and reader not in waited:
             return f"{reader.name} reads it and may run after the update"
     index = list(writer.outputs).index(output)
@@ -68,7 +68,7 @@ def _unsafe(source: ir.Value, result: ir.Value, waited: set[ir.Node]) -> str:
     if writer is None:
         return "its new value is made elsewhere"
     before = ancestors(writer.inputs) | waited
-    for reader in _readers(source):
+    for reader in readers(source):
         elsewhere = reader.graph is not writer.graph and reader not in waited
         if reader is writer or elsewhere:
             continue  # the other branch of the If never runs together with this one
@@ -81,7 +81,7 @@ def _unsafe(source: ir.Value, result: ir.Value, waited: set[ir.Node]) -> str:
     return ""
 
 
-def _readers(source: ir.Value) -> Iterator[ir.Node]:
+def readers(source: ir.Value) -> Iterator[ir.Node]:
     for view in _views(source):
         for use in view.uses():
             yield use.node
@@ -107,9 +107,11 @@ def _is_result(node: ir.Node) -> bool:
     return any(value.is_graph_output() for value in node.outputs)
 
 
-def _captured(branch: ir.Node) -> Iterator[ir.Value]:
+def captured_values(branch: ir.Node) -> Iterator[ir.Value]:
     """Values of the outer graph that the subgraphs of a node read."""
     for attribute in branch.attributes.values():
+        if attribute.type != ir.AttributeType.GRAPH:
+            continue
         graph = attribute.as_graph()
         for node in graph:
             for value in node.inputs:

@@ -12,6 +12,7 @@ from sam_export.tracing.recurrent import LOOPS
 
 LOWERINGS = {
     "onnx": "sam_export.lower.onnx",
+    "ort-artifacts": "sam_export.lower.ort_artifacts",
     "aot-inductor": "sam_export.lower.aot_inductor",
     "torchscript": "sam_export.lower.torchscript",
     "torch-compile": "sam_export.lower.torch_compile",
@@ -22,7 +23,7 @@ LOWERINGS = {
 BOUND_TO_A_DEVICE = ("aot-inductor",)
 """Targets whose files run on one kind of device only; their ``lower`` takes it."""
 
-WITH_LOOPS = ("onnx",)
+WITH_LOOPS = ("onnx", "ort-artifacts")
 """Targets that can hold the loop of a recurrence over a symbolic number of tokens."""
 
 

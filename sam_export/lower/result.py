@@ -17,6 +17,7 @@ def lowered(
     files: Mapping[str, LoweredFile],
     details: Mapping[str, Any],
     packages: Sequence[str] = ("torch", "numpy"),
+    others: Sequence[LoweredFile] = (),
 ) -> Lowered:
     """The files of a target with the step's contract, semantics and state.
 
@@ -26,6 +27,7 @@ def lowered(
         files: Program name to its file.
         details: What the target tells its engine and the user.
         packages: Those whose versions shaped the files, by their names on PyPI.
+        others: Files that hold no program.
     """
     return Lowered(
         target=target,
@@ -35,4 +37,5 @@ def lowered(
         state=captured.state,
         versions={"sam_export": __version__, **{name: version(name) for name in packages}},
         details=dict(details),
+        others=tuple(others),
     )

@@ -243,6 +243,7 @@ def _judged(run: Run, panel: Panel, tol: Tolerances) -> TargetReport:
         free_running=series["free-running"],
         error=run.error,
         seconds=run.seconds,
+        known_rounding=max(getattr(run.session, "known_rounding", {}).values(), default=0.0),
     )
 
 

@@ -36,6 +36,8 @@ class Sample:
             paired.
         exact: Whether the target must be equal (integers, flags, a step that changes nothing).
         note: Why the pairing failed, for people.
+        known: Part of the change by which the target's runtime is known to be off (its artifact
+            says so, and derives it).
     """
 
     change: float
@@ -44,6 +46,7 @@ class Sample:
     error: float = 0.0
     exact: bool = False
     note: str = ""
+    known: float = 0.0
 
 
 def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
@@ -138,8 +141,12 @@ def with_errors(
     judge: State,
     after: State,
     found: State,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Sample]:
-    """The samples of one target: distances from the judge, infinite where pairing failed."""
+    """The samples of one target: distances from the judge, infinite where pairing failed.
+
+    ``known`` is by how much of a tensor's change the target's runtime is known to be off.
+    """
     result = {}
     for name, sample in samples.items():
         if name in problems:
@@ -150,7 +157,9 @@ def with_errors(
             # Judge and target have the same start, so this is the distance of their changes.
             against = after[name] if sample.exact else judge[name]
             error = norm(found[name].astype(np.float64) - against.astype(np.float64))
-        result[name] = replace(sample, error=error, note=problems.get(name, ""))
+        result[name] = replace(
+            sample, error=error, note=problems.get(name, ""), known=(known or {}).get(name, 0.0)
+        )
     for name in problems.keys() - samples.keys():
         result[name] = Sample(0.0, 0.0, 0.0, math.inf, exact=True, note=problems[name])
     return result

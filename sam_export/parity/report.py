@@ -35,6 +35,8 @@ class TargetReport:
         free_running: The same of each free-running step.
         error: Why the target could not be built or run to the end; None where it could.
         seconds: Time for building the target and for running its steps.
+        known_rounding: Largest part of a change by which the target's runtime is known to be off;
+            the bounds of those tensors allow for it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class TargetReport:
     free_running: tuple[float, ...]
     error: str | None
     seconds: float
+    known_rounding: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -208,6 +211,9 @@ def _target_lines(target: TargetReport) -> list[str]:
         f"  {counts['ok']} ok, {counts['noise']} noise, {counts['FAIL']} FAIL of "
         f"{len(target.rows)} comparisons ({len(shown)} shown, worst first)"
     )
+    if target.known_rounding:
+        text = f"up to {target.known_rounding:.1e} of a change, see its manifest"
+        lines += _wrapped(text, "  allowed for the runtime's own rounding: ")
     if target.noise:
         lines += _wrapped(", ".join(target.noise), "  noise: ")
     tipped = {row.name: row.tipped for row in target.rows if row.tipped}

@@ -250,7 +250,8 @@ def _compare(
     eager = this.eager.state
     state = _compared(run, found.state, eager)
     problems = mismatches(eager, state, run.initial)
-    result = with_errors(samples, problems, this.judge.state, eager, state)
+    known = getattr(run.session, "known_rounding", {})
+    result = with_errors(samples, problems, this.judge.state, eager, state, known)
     result["finite"] = flag_sample(this.eager.finite, found.finite)
     if this.eager.finite and found.finite:
         for name in METRICS:

@@ -60,7 +60,7 @@ def floor_and_bound(
     if sample.exact:
         return 0.0, 0.0
     floor = max(noise, sample.rounding)
-    return floor, max(relative * max(sample.change, floor), tol.factor * floor)
+    return floor, max((relative + sample.known) * max(sample.change, floor), tol.factor * floor)
 
 
 def is_over(sample: Sample, earlier: Sequence[float], dtype: str, tol: Tolerances) -> bool:

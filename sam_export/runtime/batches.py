@@ -1,6 +1,6 @@
 """What a session is fed, checked against the contract before an engine sees it.
 
-Nothing here copies data, and torch is not imported: a tensor is known by what it offers.
+The checks copy no data, and torch is not imported: a tensor is known by what it offers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import SessionError
@@ -52,6 +53,14 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
         least = contract.dims[name] if program.name == "step" else min(contract.dims[name], 1)
         _check_least(name, size, least, where)
     return tensors
+
+
+def contiguous(value: Any) -> NDArray[Any]:
+    """A contiguous NumPy array of a batch entry, without a copy where that can be."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+    array = np.asarray(value)
+    return array if array.flags.c_contiguous else np.array(array, order="C")
 
 
 def merged_hyper(

@@ -37,6 +37,7 @@ ONNXRUNTIME_DISTRIBUTIONS = (
 
 _INSTALL_ORT = 'pip install "sam_export[ort]"'
 _INSTALL_ORT_GPU = 'pip install "sam_export[ort-gpu]"'
+_INSTALL_ORT_TRAINING = 'pip install "sam_export[ort-training]"'
 _INSTALL_EXPORT = 'pip install "sam_export[export]"'
 
 
@@ -148,6 +149,25 @@ def require_onnxruntime() -> ModuleType:
             f"The import name `onnxruntime` is there ({_location(module)}) but holds no "
             f"InferenceSession: the remains of an uninstalled package. Remove that folder, then "
             f"install again: {_INSTALL_ORT}."
+        )
+    return module
+
+
+def require_training_build() -> ModuleType:
+    """The ``onnxruntime`` module, which is a training build.
+
+    Raises:
+        RuntimeUnavailableError: There is none, or it is a build for inference.
+    """
+    module = require_onnxruntime()
+    native = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    if not hasattr(native, "Module"):
+        found = onnxruntime_distributions()
+        listed = ", ".join(f"{name} {version}" for name, version in found.items())
+        raise RuntimeUnavailableError(
+            "This target needs a training build of ONNX Runtime; "
+            f"{listed or module.__version__} is one for inference. Replace it: "
+            f"pip uninstall -y {' '.join(found)} && {_INSTALL_ORT_TRAINING}."
         )
     return module
 
@@ -271,6 +291,22 @@ def _onnxruntime() -> Missing | None:
     return None
 
 
+def _training_build() -> Missing | None:
+    missing = _onnxruntime()
+    if missing is not None:
+        return Missing("a training build of ONNX Runtime", _INSTALL_ORT_TRAINING)
+    try:
+        require_training_build()
+    except RuntimeUnavailableError:
+        found = onnxruntime_distributions()
+        listed = ", ".join(f"{name} {version}" for name, version in found.items())
+        return Missing(
+            f"a training build of ONNX Runtime (found {listed})",
+            f"pip uninstall -y {' '.join(found)} && {_INSTALL_ORT_TRAINING}",
+        )
+    return None
+
+
 def _cpp_compiler() -> Missing | None:
     wanted = os.environ.get("CXX") or "g++"  # the same rule as Inductor's
     if shutil.which(wanted.split()[0]):
@@ -292,6 +328,10 @@ TARGETS: dict[str, tuple[Needs, Needs]] = {
     "torchscript": ((_TORCH,), (_TORCH,)),
     "aot-inductor": ((_TORCH, _cpp_compiler), (_TORCH,)),
     "onnx": ((_TORCH, *_EXPORTER), (_onnxruntime,)),
+    "ort-artifacts": (
+        (_TORCH, *_EXPORTER, _at_least("flatbuffers", "23.5", _INSTALL_EXPORT)),
+        (_training_build,),
+    ),
 }
 """Target to what exporting to it needs, and what training with it needs."""
 

@@ -11,6 +11,7 @@ from sam_export.runtime.session import Session
 
 ENGINES = {
     "onnx": ("sam_export.runtime.ort", "OrtEngine"),
+    "ort-artifacts": ("sam_export.runtime.ort_artifacts", "OrtArtifactsEngine"),
     "aot-inductor": ("sam_export.runtime.aot_inductor", "AotInductorEngine"),
     "torchscript": ("sam_export.runtime.torchscript", "TorchScriptEngine"),
     "torch-compile": ("sam_export.runtime.torch_compile", "TorchCompileEngine"),
@@ -45,4 +46,5 @@ def open_session(artifact: Artifact, device: str, threads: int | None) -> Sessio
         artifact.target,
         device,
         artifact.state(),
+        artifact.details.get("known_rounding", {}),
     )

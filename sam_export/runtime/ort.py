@@ -19,6 +19,7 @@ from sam_export.artifact.contract import (
 )
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import ArtifactError, RuntimeUnavailableError, SamExportError
+from sam_export.runtime.batches import contiguous
 from sam_export.runtime.detect import parse_device, require_onnxruntime, require_provider
 from sam_export.runtime.random_inputs import RandomInputs
 
@@ -168,7 +169,7 @@ class OrtEngine:
     ) -> dict[str, Any]:
         fed = {item.name for item in self._artifact.contract.batch}
         names = [name for name in spec.inputs if name in fed]
-        held = [self._on_device(_host_array(value)) for value in batch]
+        held = [self._on_device(contiguous(value)) for value in batch]
         for name, value in zip(names, held, strict=True):
             binding.bind_ortvalue_input(name, value)
         sizes = _symbols(self._artifact.contract.batch, held, names)
@@ -304,11 +305,3 @@ def _check_tensor(program: str, kind: str, found: Any, wanted: TensorSpec) -> No
             f"The {kind} {wanted.name!r} of program {program!r} is {found.type}{found.shape}; the "
             f"contract says {wanted.description}. Export the step again."
         )
-
-
-def _host_array(value: Any) -> NDArray[Any]:
-    """A contiguous NumPy array of a batch entry, without a copy where that can be."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-    array = np.asarray(value)
-    return array if array.flags.c_contiguous else np.array(array, order="C")

@@ -44,6 +44,7 @@ class Session:
         target: Name of the target that the programs were lowered to.
         device: Where they run, as it was asked for (``cpu``, ``cuda:0``).
         initial_state: Every state tensor of the contract by name.
+        known_rounding: State tensor to how much of a step's change its runtime is known to be off.
 
     Raises:
         SessionError: The initial state does not match the contract.
@@ -57,11 +58,13 @@ class Session:
         target: str,
         device: str,
         initial_state: Mapping[str, NDArray[Any]],
+        known_rounding: Mapping[str, float] | None = None,
     ) -> None:
         self.contract = contract
         self.semantics = semantics
         self.target = target
         self.device = device
+        self.known_rounding = dict(known_rounding or {})
         self._engine = engine
         self._step_count = 0
         self._set_hyper({spec.name: spec.defaults for spec in contract.hyper})

@@ -30,7 +30,7 @@ from sam_export.step.batch import BatchLayout, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.train_step import TrainStep
-from sam_export.tracing.captured_step import CapturedStep
+from sam_export.tracing.captured_step import BaseOptimizer, CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
 from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
 from sam_export.tracing.losses import TraceableLosses
@@ -161,6 +161,13 @@ class _Capture:
             state={name: value.numpy() for name, value in self.state.values.items()},
             random_ops=tuple(str(node.target) for node in random_nodes(graph.graph)),
             portable=self.portable,
+            base_optimizer=BaseOptimizer(
+                kind=type(self.step.optimizer.base_optimizer),
+                groups=tuple(
+                    {key: value for key, value in group.items() if key != "params"}
+                    for group in self.step.optimizer.base_optimizer.param_groups
+                ),
+            ),
         )
 
     # -- the three functions that are traced: flat tensors by name -> (name, role, tensor) --------

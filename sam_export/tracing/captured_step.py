@@ -13,6 +13,19 @@ from sam_export.artifact.semantics import Semantics
 
 
 @dataclass(frozen=True)
+class BaseOptimizer:
+    """The base optimizer whose update a captured step holds.
+
+    Attributes:
+        kind: Its class.
+        groups: The options of each parameter group (``betas``, ``weight_decay``) as they were.
+    """
+
+    kind: type[torch.optim.Optimizer]
+    groups: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class CapturedStep:
     """Named programs over one state, each one functional ATen graph, and their contract.
 
@@ -24,6 +37,7 @@ class CapturedStep:
         state: Initial value of every state tensor, in the contract's dtypes.
         random_ops: Random operators in ``step``, by ATen name; empty for a deterministic step.
         portable: Whether operators are kept to those that every target can express.
+        base_optimizer: What the update was traced from.
     """
 
     contract: StepContract
@@ -32,6 +46,7 @@ class CapturedStep:
     state: dict[str, NDArray[Any]]
     random_ops: tuple[str, ...]
     portable: bool
+    base_optimizer: BaseOptimizer
 
     def __repr__(self) -> str:
         sizes = ", ".join(
