@@ -220,5 +220,21 @@ CONTESTANTS = {
             False,
             target="onnx",
         ),
+        Contestant(
+            "onnx-training",
+            "sam_export session, onnx-training target, in a process that cannot import torch",
+            _prepare_onnx_session,
+            _session,
+            False,
+            target="onnx-training",
+        ),
+        Contestant(
+            "ort-artifacts",
+            "sam_export session, ort-artifacts target, in a process that cannot import torch",
+            _prepare_onnx_session,
+            _session,
+            False,
+            target="ort-artifacts",
+        ),
     )
 }

@@ -99,6 +99,12 @@ def decomposed(
     return result
 
 
+def decomposition_of(target: Any) -> Callable[..., Any]:
+    """torch's own decomposition of an operator."""
+    found: dict[Any, Callable[..., Any]] = torch._decomp.get_decompositions([target])  # type: ignore[assignment]
+    return found[target]
+
+
 def _watched(
     target: Any,
     function: Callable[..., Any],

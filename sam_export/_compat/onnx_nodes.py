@@ -20,3 +20,16 @@ def scan(inputs: Sequence[ir.Value], body: ir.Graph, **attributes: Any) -> Seque
         "Scan", *inputs, _num_outputs=len(body.outputs), body=body, **attributes
     )
     return results
+
+
+def node(
+    domain: str, name: str, *inputs: ir.Value | None, count: int, **attributes: Any
+) -> Sequence[ir.Value]:
+    """One node of a domain whose operators onnxscript has no schema of, version 1 of it."""
+    results: Sequence[ir.Value] = call_op(
+        name, *inputs, _num_outputs=count, _domain=domain, **attributes
+    )
+    writer = results[0].producer()
+    assert writer is not None
+    writer.version = 1
+    return results

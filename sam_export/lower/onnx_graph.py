@@ -13,7 +13,8 @@ import torch
 from sam_export._compat import onnx_exporter, origins
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError
-from sam_export.lower.onnx_ops import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
+from sam_export.lower.onnx_ops import PORTABLE
+from sam_export.lower.onnx_ops.table import Tables
 from sam_export.lower.onnx_passes import simplify
 from sam_export.lower.onnx_random import DRAWS_AS_PLACES, draws_as_inputs
 from sam_export.lower.onnx_refusal import Refusals, refusal
@@ -26,9 +27,12 @@ IR_VERSION = 10
 
 
 def onnx_model(
-    program: torch.export.ExportedProgram, spec: ProgramSpec, contract: StepContract
+    program: torch.export.ExportedProgram,
+    spec: ProgramSpec,
+    contract: StepContract,
+    tables: Tables = PORTABLE,
 ) -> ir.Model:
-    """One program as an ONNX model in standard operators.
+    """One program as an ONNX model, in standard operators unless ``tables`` have others.
 
     Inputs and outputs are named and typed as the contract says, random inputs follow (see
     `onnx_random`); nodes are named after the stage and the module they come from
@@ -37,18 +41,18 @@ def onnx_model(
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
-    own = {**OWN_DECOMPOSITIONS, **DRAWS_AS_PLACES}
+    own = {**tables.own_decompositions, **DRAWS_AS_PLACES}
     reasons: dict[Any, str] = {}
     program = onnx_exporter.decomposed(
-        program, OPSET, FORMS, DECOMPOSED, own, reasons, LoweringError
+        program, OPSET, tables.forms, tables.decomposed, own, reasons, LoweringError
     )
-    missing = [(node, "") for node in onnx_exporter.without_form(program, OPSET, FORMS)]
+    missing = [(node, "") for node in onnx_exporter.without_form(program, OPSET, tables.forms)]
     missing = [pair for pair in missing if pair[0].target not in reasons]
     missing += [(n, reasons[n.target]) for n in program.graph.nodes if n.target in reasons]
     for node in program.graph.nodes:
         # The exporter writes the module stack into each ONNX node; it carries our origin there.
         node.meta["nn_module_stack"] = {"origin": (origins.origin_of(node), "sam_export")}
-    refusals = Refusals(program, FORMS)
+    refusals = Refusals(program, tables.forms)
     outputs = [output.name for output in spec.outputs]
     if missing:
         raise refusal(spec.name, missing)
@@ -106,7 +110,7 @@ def _name(model: ir.Model) -> None:
         node.name = f"{base}_{counts[base]}" if counts[base] else base
         counts[base] += 1
         for index, value in enumerate(node.outputs):
-            if value.name not in fixed:
+            if value.name not in fixed and value.name != "":  # "": not computed
                 value.name = f"{node.name}.{index}" if index else node.name
         node.metadata_props.clear()
         node.doc_string = None

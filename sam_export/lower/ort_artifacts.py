@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from sam_export.artifact.contract import HYPER, ProgramSpec, discarded_if_not_finite
@@ -18,7 +17,9 @@ from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.artifact.ort_layout import OrtLayout
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import in_aten, random_details
+from sam_export.lower.onnx_artifact import PACKAGES, checked, refuse
 from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
+from sam_export.lower.onnx_training_ops import TRAINING
 from sam_export.lower.ort_artifacts_plan import TrainingProgram, training_program
 from sam_export.lower.ort_optimizer_model import optimizer_model
 from sam_export.lower.ort_training_model import (
@@ -61,7 +62,7 @@ def lower(captured: CapturedStep) -> Lowered:
     buffers = [name + BUFFER for name in training.trained]
 
     # Nobody fills inputs of random words here, so the graph makes its numbers.
-    model = onnx_model(in_aten(training.program), spec, contract)
+    model = onnx_model(in_aten(training.program), spec, contract, TRAINING)
     for name in (*parameters, *frozen):
         _declare_input(model.graph, captured, name)
     finish_training_model(
@@ -87,7 +88,10 @@ def lower(captured: CapturedStep) -> Lowered:
         EVALUATE: evaluate,
         OPTIMIZER_MODEL: optimizer_model(plan, len(training.trained), guarded),
     }
-    files = {name: LoweredFile(name, _checked(name, proto)) for name, proto in protos.items()}
+    files = {
+        name: LoweredFile(name, checked(name, proto, infer=name != OPTIMIZER_MODEL))
+        for name, proto in protos.items()
+    }
     layout = OrtLayout(
         tuple(parameters),
         tuple(frozen),
@@ -115,23 +119,13 @@ def lower(captured: CapturedStep) -> Lowered:
             "evaluate_loss": files[EVAL_MODEL],
         },
         details,
-        ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "flatbuffers"),
+        (*PACKAGES, "flatbuffers"),
         (files[OPTIMIZER_MODEL], LoweredFile(CHECKPOINT, checkpoint)),
     )
 
 
 def _refuse(captured: CapturedStep) -> None:
-    if not captured.portable:
-        raise LoweringError(
-            "The step was captured with portable=False, which keeps kernels that ONNX does not "
-            "have. Capture with portable=True."
-        )
-    if captured.random_ops:
-        counted = ", ".join(sorted(set(captured.random_ops)))
-        raise LoweringError(
-            f"The step draws from torch's own generator ({counted}), which ONNX Runtime does not "
-            'have. Use Semantics(generator="philox"), or a torch target.'
-        )
+    refuse(captured)
     others = [
         f"{item.name} ({item.dtype})"
         for item in captured.contract.state
@@ -161,7 +155,7 @@ def _parameters(captured: CapturedStep, training: TrainingProgram) -> tuple[list
 
 def _evaluation(captured: CapturedStep, name: str) -> ir.Model:
     spec: ProgramSpec = captured.contract.program(name)
-    return onnx_model(in_aten(captured.programs[name]), spec, captured.contract)
+    return onnx_model(in_aten(captured.programs[name]), spec, captured.contract, TRAINING)
 
 
 def _declare_input(
@@ -179,11 +173,3 @@ def _declare_input(
         shape=ir.Shape(specs[name].shape),
     )
     graph.inputs.append(value)
-
-
-def _checked(name: str, proto: onnx.ModelProto) -> bytes:
-    try:
-        onnx.checker.check_model(proto, full_check=name != OPTIMIZER_MODEL)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise LoweringError(f"{name} became an ONNX graph that is not valid: {error}") from error
-    return bytes(proto.SerializeToString(deterministic=True))

@@ -6,6 +6,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sam_export.lower.onnx_graph import IR_VERSION, OPSET
+from sam_export.lower.onnx_training_nodes import TRAINING_DOMAIN
 from sam_export.lower.ort_artifacts_plan import Plan
 
 
@@ -44,7 +45,7 @@ def optimizer_model(plan: Plan, count: int, guarded: bool) -> onnx.ModelProto:
             [*given, "finite"] if guarded else given,
             ["updated"],
             plan.optimizer,
-            domain="com.microsoft",
+            domain=TRAINING_DOMAIN,
             **plan.attributes,
         )
     )
@@ -53,7 +54,7 @@ def optimizer_model(plan: Plan, count: int, guarded: bool) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "optimizer", inputs, outputs, constants)
     return helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(TRAINING_DOMAIN, 1)],
         ir_version=IR_VERSION,
         producer_name="sam_export",
     )

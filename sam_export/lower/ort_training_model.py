@@ -20,6 +20,7 @@ from sam_export.lower.onnx_guard import ancestors
 from sam_export.lower.onnx_in_place import captured_values, readers
 from sam_export.lower.onnx_passes.common_subexpressions import CommonSubexpressions
 from sam_export.lower.onnx_passes.dead_code import RemoveDeadCode
+from sam_export.lower.onnx_training_nodes import TRAINING_DOMAIN
 from sam_export.lower.ort_artifacts_plan import GRADIENT, Plan
 
 BUFFER = "_grad.accumulation.buffer"
@@ -30,8 +31,6 @@ RESET = "lazy_reset_grad"
 
 WRITTEN = "state_grad.accumulation.out"
 """Output that holds the flags of all writes; the API hides outputs with this ending."""
-
-_TRAINING = "com.microsoft"
 
 
 def finish_training_model(
@@ -97,7 +96,7 @@ def finish_training_model(
             graph.outputs.append(kept.outputs[0])
     _refuse_late_readers(graph, {value.name for value in graph.inputs})
     order_inputs(graph, inputs)
-    model.opset_imports[_TRAINING] = 1
+    model.opset_imports[TRAINING_DOMAIN] = 1
 
 
 def evaluation_model(loss: ir.Model, outputs: ir.Model, inputs: Sequence[str]) -> ir.Model:
@@ -224,7 +223,9 @@ class _Writer:
         return self._true
 
     def _write(self, buffer: ir.Value, new: ir.Value, mode: ir.Value, name: str) -> ir.Value:
-        node = ir.node("InPlaceAccumulatorV2", [buffer, new, mode], domain=_TRAINING, name=name)
+        node = ir.node(
+            "InPlaceAccumulatorV2", [buffer, new, mode], domain=TRAINING_DOMAIN, name=name
+        )
         flag = node.outputs[0]
         flag.name = f"{name}/flag"
         flag.type, flag.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape((1,))

@@ -12,6 +12,7 @@ from sam_export.tracing.recurrent import LOOPS
 
 LOWERINGS = {
     "onnx": "sam_export.lower.onnx",
+    "onnx-training": "sam_export.lower.onnx_training",
     "ort-artifacts": "sam_export.lower.ort_artifacts",
     "aot-inductor": "sam_export.lower.aot_inductor",
     "torchscript": "sam_export.lower.torchscript",
@@ -23,7 +24,7 @@ LOWERINGS = {
 BOUND_TO_A_DEVICE = ("aot-inductor",)
 """Targets whose files run on one kind of device only; their ``lower`` takes it."""
 
-WITH_LOOPS = ("onnx", "ort-artifacts")
+WITH_LOOPS = ("onnx", "onnx-training", "ort-artifacts")
 """Targets that can hold the loop of a recurrence over a symbolic number of tokens."""
 
 

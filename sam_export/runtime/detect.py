@@ -328,6 +328,7 @@ TARGETS: dict[str, tuple[Needs, Needs]] = {
     "torchscript": ((_TORCH,), (_TORCH,)),
     "aot-inductor": ((_TORCH, _cpp_compiler), (_TORCH,)),
     "onnx": ((_TORCH, *_EXPORTER), (_onnxruntime,)),
+    "onnx-training": ((_TORCH, *_EXPORTER), (_training_build,)),
     "ort-artifacts": (
         (_TORCH, *_EXPORTER, _at_least("flatbuffers", "23.5", _INSTALL_EXPORT)),
         (_training_build,),

@@ -11,6 +11,7 @@ from sam_export.runtime.session import Session
 
 ENGINES = {
     "onnx": ("sam_export.runtime.ort", "OrtEngine"),
+    "onnx-training": ("sam_export.runtime.ort", "OrtTrainingEngine"),
     "ort-artifacts": ("sam_export.runtime.ort_artifacts", "OrtArtifactsEngine"),
     "aot-inductor": ("sam_export.runtime.aot_inductor", "AotInductorEngine"),
     "torchscript": ("sam_export.runtime.torchscript", "TorchScriptEngine"),

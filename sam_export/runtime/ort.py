@@ -20,7 +20,12 @@ from sam_export.artifact.contract import (
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import ArtifactError, RuntimeUnavailableError, SamExportError
 from sam_export.runtime.batches import contiguous
-from sam_export.runtime.detect import parse_device, require_onnxruntime, require_provider
+from sam_export.runtime.detect import (
+    parse_device,
+    require_onnxruntime,
+    require_provider,
+    require_training_build,
+)
 from sam_export.runtime.random_inputs import RandomInputs
 
 _TYPES = {
@@ -280,6 +285,18 @@ class OrtEngine:
 
     def _on_device(self, value: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(value, self._kind, self._index)
+
+
+class OrtTrainingEngine(OrtEngine):
+    """`OrtEngine` for graphs with operators that only training builds of ONNX Runtime have.
+
+    Raises:
+        RuntimeUnavailableError: As `OrtEngine`, or the build is one for inference.
+    """
+
+    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
+        require_training_build()
+        super().__init__(artifact, device, threads)
 
 
 def _symbols(

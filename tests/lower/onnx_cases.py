@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sam_export._compat import tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.lower.onnx_graph import onnx_model
+from sam_export.lower.onnx_ops import PORTABLE
+from sam_export.lower.onnx_ops.table import Tables
 from sam_export.runtime.ort import FLOAT32_FUSIONS
 
 # A float32 sum of n products is off by about sqrt(n) * eps; the largest here has n = 2,000.
@@ -34,7 +36,7 @@ def as_list(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def run_onnx(cases: Sequence[Case]) -> list[list[Tensor]]:
+def run_onnx(cases: Sequence[Case], tables: Tables = PORTABLE) -> list[list[Tensor]]:
     """All cases as one graph: an export costs a second, an operator nothing."""
     inputs = [tensor for _, tensors in cases for tensor in tensors]
 
@@ -63,7 +65,7 @@ def run_onnx(cases: Sequence[Case]) -> list[list[Tensor]]:
     outputs = tuple(spec(f"out{i}", tensor) for i, tensor in enumerate(flat))
     step = ProgramSpec("step", names, outputs, {})
     contract = StepContract((), (), batch, "tuple", {}, (step,), "tensor", (), "none")
-    model = onnx_model(program, step, contract)
+    model = onnx_model(program, step, contract, tables)
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), disabled_optimizers=list(FLOAT32_FUSIONS)
     )

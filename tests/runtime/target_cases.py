@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import sam_export as sx
 
-TARGETS = ["onnx", "ort-artifacts", "torch-compile", "torchscript", "aot-inductor"]
+TARGETS = ["onnx", "onnx-training", "ort-artifacts", "torch-compile", "torchscript", "aot-inductor"]
 
 
 class Small(nn.Module):

@@ -34,6 +34,8 @@ CASES = [
     ("onnx", "sgd", torch.float32),
     ("onnx", "adamw", torch.float64),
     ("onnx", "adamw", torch.float32),
+    ("onnx-training", "sgd", torch.float64),
+    ("onnx-training", "adamw", torch.float32),
     ("ort-artifacts", "sgd", torch.float32),
     ("ort-artifacts", "adamw", torch.float32),
     ("torch-compile", "sgd", torch.float32),

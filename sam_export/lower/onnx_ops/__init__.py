@@ -29,12 +29,13 @@ from sam_export.lower.onnx_ops import (
     sorting,
     views,
 )
-from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
+from sam_export.lower.onnx_ops.table import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS, PORTABLE
 
 __all__ = [
     "DECOMPOSED",
     "FORMS",
     "OWN_DECOMPOSITIONS",
+    "PORTABLE",
     "activation",
     "activation_gradients",
     "arithmetic",

@@ -59,12 +59,19 @@ def batch_norm_training(
         kept = (op.Identity(running_mean), op.Identity(running_var))
         return y, full(0, 0.0, x), full(0, 0.0, x), *kept
     y, mean, var, invstd = _batch_statistics(x, w, b, eps)
+    running = running_statistics(x, mean, var, running_mean, running_var, momentum)
+    return y, mean, invstd, *running
+
+
+def running_statistics(
+    x: ir.Value, mean: Any, var: Any, running_mean: ir.Value, running_var: ir.Value, momentum: float
+) -> tuple[Any, Any]:
+    """The new running mean and variance after a batch of the (biased) ``mean`` and ``var``."""
     n = _per_channel(x)
     unbiased = op.Mul(var, op.Div(n, op.Sub(n, scalar(1.0, x))))
     keep, take = scalar(1.0 - momentum, x), scalar(momentum, x)
     new_mean = op.Add(op.Mul(running_mean, keep), op.Mul(mean, take))
-    new_var = op.Add(op.Mul(running_var, keep), op.Mul(unbiased, take))
-    return y, mean, invstd, new_mean, new_var
+    return new_mean, op.Add(op.Mul(running_var, keep), op.Mul(unbiased, take))
 
 
 @lowering("aten::_native_batch_norm_legit.no_stats")

@@ -91,31 +91,76 @@ def max_pool_backward(
     ``dx[indices] += dy``, over the flat tensor. Windows that do not overlap hit each input once.
     Where windows tile a small image, no index is needed (`_tiled`).
     """
-    image = sizes(x)[-spatial:]
-    kernel = _spread(kernel_size, len(image))
-    strides = _spread(stride, len(image)) if stride else kernel
-    dilation = _spread(dilation, len(image))
-    tiled = strides == kernel and not any(padding) and len(image) == 2
-    if tiled and set(dilation) == {1} and not ceil_mode and None not in image:
-        grid = [s // k for s, k in zip(static("An image", image), kernel, strict=True)]
-        whole = all(s % k == 0 for s, k in zip(static("An image", image), kernel, strict=True))
-        if whole and prod(grid) <= _SMALL_IMAGE:
-            return _tiled(dy, x, kernel, grid)
+    kernel = _spread(kernel_size, spatial)
+    strides = _spread(stride, spatial) if stride else kernel
+    dilation = _spread(dilation, spatial)
+    grid = _tiles(x, kernel, strides, padding, dilation, ceil_mode)
+    if grid is not None:
+        return _tiled(dy, x, kernel, grid)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     disjoint = all(s > r for s, r in zip(strides, reach, strict=True))
-    division = indices.producer()
-    if division is None or division.op_type != "Mod":
+    whole = _undivided(indices)
+    if whole is None:
         return _scattered(spatial, dy, x, indices)
-    flat_indices = division.inputs[0]
     zeros = op.Expand(scalar(0.0, dy), op.Reshape(op.Size(x), ints(1)))
     flat = op.ScatterElements(
         zeros,
-        op.Reshape(flat_indices, ints(-1)),
+        op.Reshape(whole, ints(-1)),
         op.Reshape(dy, ints(-1)),
         axis=0,
         **({} if disjoint else {"reduction": "add"}),
     )
     return op.Reshape(flat, op.Shape(x))
+
+
+def flat_indices(
+    dy: ir.Value,
+    x: ir.Value,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    indices: ir.Value,
+) -> ir.Value | None:
+    """The indices over the whole tensor by which ``dx`` of a pooling in 2d is ``dy`` scattered.
+
+    None where it is not: windows tile a small image, the images are one example, or the indices
+    come from elsewhere.
+    """
+    if len(sizes(dy)) != 4:
+        return None
+    kernel = _spread(kernel_size, 2)
+    strides = _spread(stride, 2) if stride else kernel
+    if _tiles(x, kernel, strides, padding, _spread(dilation, 2), ceil_mode) is not None:
+        return None
+    return _undivided(indices)
+
+
+def _undivided(indices: ir.Value) -> ir.Value | None:
+    """What `max_pool` divided to get torch's indices from."""
+    division = indices.producer()
+    return None if division is None or division.op_type != "Mod" else division.inputs[0]
+
+
+def _tiles(
+    x: ir.Value,
+    kernel: list[int],
+    strides: list[int],
+    padding: Sequence[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> list[int] | None:
+    """How many windows tile a small image along each axis; None where they do not."""
+    image = sizes(x)[-len(kernel) :]
+    if strides != kernel or any(padding) or len(kernel) != 2 or ceil_mode:
+        return None
+    if set(dilation) != {1} or None in image:
+        return None
+    known = static("An image", image)
+    grid = [s // k for s, k in zip(known, kernel, strict=True)]
+    whole = all(s % k == 0 for s, k in zip(known, kernel, strict=True))
+    return grid if whole and prod(grid) <= _SMALL_IMAGE else None
 
 
 def adaptive_max_pool_backward(spatial: int, dy: ir.Value, x: ir.Value, indices: ir.Value) -> Any:

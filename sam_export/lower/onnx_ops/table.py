@@ -5,7 +5,8 @@ Adding one is one function with ``@lowering("aten::name.overload")`` in a file o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,12 +46,31 @@ OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """Operator overload to a function that computes it in simpler operators, as torch tensors."""
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What `onnx_graph.onnx_model` writes operators with.
+
+    Attributes:
+        forms: Operator overload to the function that writes its ONNX form.
+        decomposed: Operators that torch's decompositions take apart before that.
+        own_decompositions: Operator overload to our own decomposition of it.
+    """
+
+    forms: Mapping[Any, Callable[..., Any]]
+    decomposed: Sequence[Any]
+    own_decompositions: Mapping[Any, Callable[..., Any]]
+
+
+PORTABLE = Tables(FORMS, DECOMPOSED, OWN_DECOMPOSITIONS)
+"""Standard operators only; filled when `sam_export.lower.onnx_ops` is imported."""
+
+
 def decomposition(schema: str) -> Callable[[Function], Function]:
     """Registers a function that computes ``aten::name.overload`` in simpler operators.
 
     The function gets and returns tensors. Torch's own decomposition, where there is one, gives way.
     """
-    target = _overload(schema)
+    target = overload(schema)
 
     def register(function: Function) -> Function:
         if target in OWN_DECOMPOSITIONS:
@@ -66,7 +86,7 @@ def lowering(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     The function gets the operator's arguments: ONNX values for tensors, Python values otherwise.
     """
-    target = _overload(schema)
+    target = overload(schema)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if target in FORMS:
@@ -77,7 +97,8 @@ def lowering(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def _overload(schema: str) -> Any:
+def overload(schema: str) -> Any:
+    """The operator ``aten::name.overload``."""
     namespace, _, rest = schema.partition("::")
     name, _, overload = rest.partition(".")
     return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")

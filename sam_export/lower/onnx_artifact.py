@@ -1,0 +1,113 @@
+"""What the targets ``onnx`` and ``onnx-training`` have in common: a model for each program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
+from sam_export.artifact.folder import Lowered, LoweredFile
+from sam_export.errors import LoweringError
+from sam_export.lower.draws import random_details
+from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
+from sam_export.lower.onnx_guard import guard_update
+from sam_export.lower.onnx_in_place import in_place
+from sam_export.lower.onnx_ops.table import Tables
+from sam_export.lower.onnx_random import random_inputs
+from sam_export.lower.onnx_training_nodes import check_training_nodes
+from sam_export.lower.result import lowered
+from sam_export.tracing.captured_step import CapturedStep
+
+PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
+"""Those whose versions shape an ONNX model."""
+
+
+def refuse(captured: CapturedStep) -> None:
+    """Refuses a step that no ONNX model can hold.
+
+    Raises:
+        LoweringError: It draws from torch's generator, or has kernels that ONNX lacks.
+    """
+    if captured.random_ops:
+        counted = ", ".join(sorted(set(captured.random_ops)))
+        raise LoweringError(
+            f"The step draws from torch's own generator ({counted}), which ONNX Runtime does not "
+            'have. Use Semantics(generator="philox"), or a torch target.'
+        )
+    if not captured.portable:
+        raise LoweringError(
+            "The step was captured with portable=False, which keeps kernels that ONNX does not "
+            "have. Capture with portable=True."
+        )
+
+
+def lower_with(captured: CapturedStep, target: str, tables: Tables) -> Lowered:
+    """The programs of a step as ONNX models, opset 18, IR version 10.
+
+    All state is graph inputs; ``details["in_place"]`` says for every state tensor that changes
+    whether it may be overwritten in place (``""``) or why not, and
+    ``details["random_numbers"]["inputs"]`` which inputs of random words the session fills.
+
+    Args:
+        captured: The step.
+        target: Name of the target.
+        tables: What operators are written with.
+
+    Raises:
+        LoweringError: The step draws from torch's generator, or an operator has no ONNX form.
+    """
+    refuse(captured)
+    files: dict[str, LoweredFile] = {}
+    details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION}
+    drawn: dict[str, Any] = {}
+    for spec in captured.contract.programs:
+        _refuse_derived_sizes(captured, spec)
+        program = captured.programs[spec.name]
+        model = onnx_model(program, spec, captured.contract, tables)
+        drawn[spec.name] = random_inputs(program, spec, captured.contract)
+        if spec.name == "step":
+            discarded = discarded_if_not_finite(spec, captured.semantics)
+            if discarded:
+                guard_update(model, spec, discarded)
+            details["in_place"] = in_place(model, spec)
+        name = f"{spec.name}.onnx"
+        files[spec.name] = LoweredFile(name, checked(name, ir.to_proto(model)))
+    details |= random_details(captured, made_by="session")
+    if "random_numbers" in details:
+        details["random_numbers"]["inputs"] = drawn
+    return lowered(captured, target, files, details, PACKAGES)
+
+
+def checked(name: str, proto: onnx.ModelProto, infer: bool = True) -> bytes:
+    """A model as the bytes of its file.
+
+    Args:
+        name: Of the file.
+        proto: The model.
+        infer: Whether ONNX's shape inference has to agree with all that is declared.
+
+    Raises:
+        LoweringError: It is not valid.
+    """
+    check_training_nodes(proto)
+    try:
+        onnx.checker.check_model(proto, full_check=infer)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LoweringError(f"{name} became an ONNX graph that is not valid: {error}") from error
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _refuse_derived_sizes(captured: CapturedStep, spec: ProgramSpec) -> None:
+    """The session makes room for each result before it runs, so it has to know the size."""
+    for output in spec.outputs:
+        derived = [
+            s for s in output.shape if isinstance(s, str) and s not in captured.contract.dims
+        ]
+        if derived:
+            raise LoweringError(
+                f"Output {output.name!r} of program {spec.name!r} has the size {derived[0]}, which "
+                "is computed from a symbolic size. Return it in a shape whose sizes are those of "
+                "the batch."
+            )
