@@ -18,6 +18,7 @@ from sam_export.lower.onnx_ops.table import Tables
 from sam_export.lower.onnx_passes import simplify
 from sam_export.lower.onnx_random import DRAWS_AS_PLACES, draws_as_inputs
 from sam_export.lower.onnx_refusal import Refusals, refusal
+from sam_export.lower.onnx_training_nodes import name_only_what_is_read
 
 OPSET = 18
 """Newer opsets lack CUDA kernels in onnxruntime-training 1.19.2 and fall back to the CPU."""
@@ -68,6 +69,7 @@ def onnx_model(
     simplify(model)
     _own_outputs(model.graph, spec.inputs, outputs)
     _name(model)
+    name_only_what_is_read(model)
     inputs = [value for value in model.graph.inputs if value not in drawn]
     _declare(inputs, contract.inputs_of(spec))
     _declare(model.graph.outputs, spec.outputs)
@@ -110,7 +112,7 @@ def _name(model: ir.Model) -> None:
         node.name = f"{base}_{counts[base]}" if counts[base] else base
         counts[base] += 1
         for index, value in enumerate(node.outputs):
-            if value.name not in fixed and value.name != "":  # "": not computed
+            if value.name not in fixed:
                 value.name = f"{node.name}.{index}" if index else node.name
         node.metadata_props.clear()
         node.doc_string = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import onnx
+import onnx_ir as ir
 
 from sam_export.errors import LoweringError
 
@@ -32,12 +33,14 @@ class Signature:
         outputs: How many it has at most.
         attributes: Name to the number of its kind in ONNX; none has to be there.
         optional: How many further inputs it may have.
+        computes_named: Whether it leaves out an output that has no name.
     """
 
     inputs: int
     outputs: int
     attributes: Mapping[str, int] = field(default_factory=lambda: _NONE)
     optional: int = 0
+    computes_named: bool = False
 
 
 _AXIS = {"axis": _KINDS.INT}
@@ -54,6 +57,7 @@ SIGNATURES: dict[str, Signature] = {
             "dilations": _KINDS.INTS,
             "group": _KINDS.INT,
         },
+        computes_named=True,
     ),
     "BatchNormInternal": Signature(
         5, 5, {**_EPSILON, "momentum": _KINDS.FLOAT, "training_mode": _KINDS.INT}
@@ -102,6 +106,16 @@ def check_training_nodes(model: onnx.ModelProto) -> None:
         for node in graph.node:
             if node.domain:
                 _check(node, declared, TRAINING_DOMAIN in versions)
+
+
+def name_only_what_is_read(model: ir.Model) -> None:
+    """Takes the name of every output that nobody reads, where the operator then leaves it out."""
+    for node in model.graph:
+        signature = SIGNATURES.get(node.op_type) if node.domain == TRAINING_DOMAIN else None
+        if signature is not None and signature.computes_named:
+            for value in node.outputs:
+                if not value.uses() and not value.is_graph_output():
+                    value.name = ""
 
 
 def _check(node: onnx.NodeProto, declared: set[str], imported: bool) -> None:

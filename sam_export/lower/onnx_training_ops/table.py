@@ -88,14 +88,12 @@ def training_op(
     Args:
         name: Of the operator.
         inputs: Its inputs.
-        results: For each output a value of the same dtype and shape, or None for one that is not
-            computed. ONNX cannot infer what these operators return, and some crash without it.
+        results: For each output a value of the same dtype and shape, or None for one that nobody
+            reads. ONNX cannot infer what these operators return, and some crash without it.
         **attributes: Its attributes.
     """
     outputs = onnx_nodes.node(TRAINING_DOMAIN, name, *inputs, count=len(results), **attributes)
     for output, like in zip(outputs, results, strict=True):
-        if like is None:
-            output.name = ""
-        else:
+        if like is not None:
             output.dtype, output.shape = like.dtype, like.shape
     return list(outputs)
