@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sam_export._compat import tracing
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
+from sam_export.lower.onnx_artifact import checked
 from sam_export.lower.onnx_graph import onnx_model
 from sam_export.lower.onnx_ops import PORTABLE
 from sam_export.lower.onnx_ops.table import Tables
@@ -36,7 +37,7 @@ def as_list(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def run_onnx(cases: Sequence[Case], tables: Tables = PORTABLE) -> list[list[Tensor]]:
+def model_of(cases: Sequence[Case], tables: Tables = PORTABLE) -> ir.Model:
     """All cases as one graph: an export costs a second, an operator nothing."""
     inputs = [tensor for _, tensors in cases for tensor in tensors]
 
@@ -55,23 +56,26 @@ def run_onnx(cases: Sequence[Case], tables: Tables = PORTABLE) -> list[list[Tens
         raw = make_fx(all_of_them, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         program = torch.export.export(tracing.Interpreted(raw), tuple(inputs), strict=False)
         program = program.run_decompositions({})
-    expected = [as_list(function(*tensors)) for function, tensors in cases]
 
     def spec(name: str, tensor: Tensor) -> TensorSpec:
         return TensorSpec(name, "input", str(tensor.dtype).split(".")[1], tuple(tensor.shape))
 
     batch = tuple(spec(name, tensor) for name, tensor in zip(names, inputs, strict=True))
-    flat = [tensor for results in expected for tensor in results]
+    flat = all_of_them(*inputs)
     outputs = tuple(spec(f"out{i}", tensor) for i, tensor in enumerate(flat))
     step = ProgramSpec("step", names, outputs, {})
     contract = StepContract((), (), batch, "tuple", {}, (step,), "tensor", (), "none")
-    model = onnx_model(program, step, contract, tables)
-    session = ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), disabled_optimizers=list(FLOAT32_FUSIONS)
-    )
-    fed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-    found = iter(session.run(None, fed))
-    return [[torch.from_numpy(next(found)) for _ in results] for results in expected]
+    return onnx_model(program, step, contract, tables)
+
+
+def run_onnx(cases: Sequence[Case], tables: Tables = PORTABLE) -> list[list[Tensor]]:
+    """What ONNX Runtime returns for each case."""
+    data = checked("step.onnx", ir.to_proto(model_of(cases, tables)))
+    session = ort.InferenceSession(data, disabled_optimizers=list(FLOAT32_FUSIONS))
+    inputs = [tensor for _, tensors in cases for tensor in tensors]
+    found = iter(session.run(None, {f"in{i}": value.numpy() for i, value in enumerate(inputs)}))
+    counts = [len(as_list(function(*tensors))) for function, tensors in cases]
+    return [[torch.from_numpy(next(found)) for _ in range(count)] for count in counts]
 
 
 def with_gradients(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
@@ -98,15 +102,18 @@ def with_gradients(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     return both
 
 
-def check(tolerances: Mapping[str, float] | None = None, /, **cases: Case) -> None:
+def check(
+    tolerances: Mapping[str, float] | None = None, tables: Tables = PORTABLE, /, **cases: Case
+) -> None:
     """Every case against the function itself; the message names those that differ.
 
     Args:
         tolerances: Of cases that have one of their own.
+        tables: What operators are written with.
         cases: By name.
     """
     wrong = {}
-    found = run_onnx(list(cases.values()))
+    found = run_onnx(list(cases.values()), tables)
     for (name, (function, inputs)), results in zip(cases.items(), found, strict=True):
         for index, wanted in enumerate(as_list(function(*inputs))):
             result = results[index]
