@@ -20,9 +20,12 @@ examples:
   sam-export inspect build/digits
   sam-export inspect build/digits --json | python -m json.tool
 
-The op histogram needs onnx for an ONNX artifact and torch for one of torch's, and an artifact of
-compiled code has none; everything else needs NumPy only.
+The op histogram needs onnx for an artifact of ONNX files and torch for one of torch's; compiled
+code has none. Everything else needs NumPy only.
 """
+
+_NOTED = ("in_place", "layout", "known_rounding")
+"""Details that are said beside the tensors that they are about."""
 
 _STATE_ROLES = ("parameter", "buffer", "slot", "counter", "rng")
 
@@ -141,7 +144,11 @@ def _print_operators(operators: dict[str, Counter[str]] | None, reason: str) -> 
 
 
 def _print_details(artifact: Artifact) -> None:
-    details = {name: value for name, value in artifact.details.items() if name != "in_place"}
+    details = {name: value for name, value in artifact.details.items() if name not in _NOTED}
+    layout = artifact.details.get("layout")
+    if layout is not None:
+        details["gradient buffers hold"] = layout["update"]
+        details["stock optimizer"] = layout["optimizer"]
     if details:
         print("\nDetails")
     for name, value in details.items():
@@ -168,6 +175,7 @@ def _note(spec: TensorSpec, artifact: Artifact) -> str:
     """What else is to be said about an input: group, dtype in eager, how it is updated."""
     notes = []
     groups = artifact.contract.groups
+    layout = artifact.details.get("layout", {})
     if spec.role == "parameter" and not spec.trainable:
         notes.append("not trained")
     elif len(groups) > 1:
@@ -178,6 +186,12 @@ def _note(spec: TensorSpec, artifact: Artifact) -> str:
     if spec.name in in_place:
         reason = in_place[spec.name]
         notes.append(f"two buffers: {reason}" if reason else "updated in place")
+    if spec.name in layout.get("written", ()):
+        notes.append("updated in place")
+    elif spec.name in layout.get("trained", ()):
+        notes.append("has a gradient buffer")
+    if spec.name in artifact.details.get("known_rounding", {}):
+        notes.append(f"stock update within {artifact.details['known_rounding'][spec.name]:.1e}")
     return ", ".join(notes)
 
 

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sam_export.artifact.folder import Artifact
 
+_IN_ONNX = ("onnx", "onnx-training", "ort-artifacts")
+_PACKAGES = {"torchscript": "torch", "torch-compile": "torch"}
+
 
 def operators_of(artifact: Artifact) -> tuple[dict[str, Counter[str]] | None, str]:
     """Program to its operators, or None and why they are not known."""
-    package = {"onnx": "onnx", "torchscript": "torch", "torch-compile": "torch"}
-    needed = package.get(artifact.target)
+    in_onnx = artifact.target in _IN_ONNX
+    needed = "onnx" if in_onnx else _PACKAGES.get(artifact.target)
     if needed is None:
         return None, f"an artifact of {artifact.target} holds compiled code"
     if importlib.util.find_spec(needed) is None:
         return None, f"counting them needs the package {needed}: pip install {needed}"
     programs = [program.name for program in artifact.contract.programs]
-    if artifact.target == "onnx":
+    if in_onnx:
         return {program: count_onnx(artifact.file(program)) for program in programs}, ""
     if artifact.target == "torchscript":
         from sam_export._compat.torchscript import operators

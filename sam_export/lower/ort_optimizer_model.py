@@ -50,6 +50,7 @@ def optimizer_model(plan: Plan, count: int, guarded: bool) -> onnx.ModelProto:
         )
     )
     # The schema of SGDOptimizerV2 says that it is a scalar; it has one element in one dimension.
+    # ONNX Runtime warns of that when it loads the model; declared as a scalar, at every step.
     outputs = [helper.make_tensor_value_info("updated", TensorProto.BOOL, [1])]
     graph = helper.make_graph(nodes, "optimizer", inputs, outputs, constants)
     return helper.make_model(

@@ -116,10 +116,12 @@ def test_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("target", "expected"),
     [
         ("torchscript", {"addmm": 4, "linalg_vector_norm": 10, "add_": 12}),
+        ("onnx-training", {"com.microsoft::TanhGrad": 2}),
+        ("ort-artifacts", {"com.microsoft::TanhGrad": 2}),
         ("torch-compile", {"addmm.default": 4, "linalg_vector_norm.default": 10}),
     ],
 )
-def test_operators_of_torchs_own_files(
+def test_operators_of_other_targets(
     target: str, expected: dict[str, int], workplace: Workplace, tmp_path: Path
 ) -> None:
     out = tmp_path / target
@@ -129,3 +131,18 @@ def test_operators_of_torchs_own_files(
     assert counted is not None, reason
     assert {name: counted["step"][name] for name in expected} == expected
     assert counted["evaluate"].total() < counted["step"].total()
+
+
+def test_where_the_stock_training_api_keeps_the_state(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "artifact"
+    argv = ["export", f"{workplace.recipe}:recipe", "--out", str(out), "--target", "ort-artifacts"]
+    assert main(argv) == 0
+    assert main(["inspect", str(out)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "gradient buffers hold: direction" in lines
+    assert "stock optimizer: SGDOptimizerV2" in lines
+    assert any(line.endswith("which the stock SGD does not have") for line in lines)
+    assert "0.weight parameter float32[8, 4] has a gradient buffer" in lines
+    assert any("slot.momentum_buffer.0.weight" in s and "updated in place" in s for s in lines)
