@@ -1,4 +1,4 @@
-"""Where torch is not installed, an ONNX artifact trains to the very same weights."""
+"""Where torch is not installed, artifacts of ONNX files train to the very same weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import sam_export
 from sam_export.artifact.state_file import read_state
+from sam_export.runtime.detect import target_status
 
 ROOT = Path(__file__).parents[2]
 BUILT_FROM = ("sam_export", "pyproject.toml", "README.md", "LICENSE")
@@ -64,9 +65,12 @@ class Trained:
     state: dict[str, NDArray[Any]]
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A small MLP as an ONNX artifact, trained in this process."""
+@pytest.fixture(scope="session", params=["onnx", "onnx-training", "ort-artifacts"])
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trained:
+    """A small MLP as an artifact, trained in this process."""
+    target: str = request.param
+    if target != "onnx" and target_status(target).run:
+        pytest.skip("needs a training build of ONNX Runtime")
     folder = tmp_path_factory.mktemp("with_torch")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
@@ -79,7 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         arrays[f"y{index}"] = generator.integers(0, 3, 8 - index)
     np.savez(folder / "data.npz", **arrays)
     example = (torch.from_numpy(arrays["x0"]), torch.from_numpy(arrays["y0"]))
-    sam_export.export(sam_export.capture(step, example), folder / "artifact", target="onnx")
+    sam_export.export(sam_export.capture(step, example), folder / "artifact", target=target)
 
     session = sam_export.load(folder / "artifact", threads=1)
     for index in range(STEPS):
