@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from sam_export.cli.console import format_bytes, stage
+from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
 from sam_export.cli.recipe import add_recipe, first_batches, load_recipe
 from sam_export.runtime.detect import TARGETS, target_status
@@ -15,6 +16,8 @@ _EPILOG = """\
 examples:
   sam-export export models/digits_cnn.py:recipe --target onnx --out build/digits
   sam-export export my_package.recipes:resnet --out build/resnet --set depth=18 --set lr=0.1
+  sam-export export models/gpt.py:recipe --out build/gpt \\
+      --dynamic x.0=batch,x.1=time,target.0=batch,target.1=time
   sam-export export models/mlp.py:recipe --target torch-compile --out build/mlp --overwrite
   sam-export export models/mlp.py:recipe --target aot-inductor --device cuda --out build/mlp
 """
@@ -33,12 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--target", choices=list(TARGETS), default="onnx", help="default: onnx")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the artifact in DIR")
-    parser.add_argument(
-        "--dynamic",
-        choices=["batch", "none"],
-        default="batch",
-        help="batch: the batch size may change from step to step (default); none: it is fixed",
-    )
+    add_dynamic(parser)
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -55,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports, and says what was written."""
     if os.path.lexists(args.out) and not args.overwrite:
         raise CommandError(f"{args.out} exists already. Choose another folder, or --overwrite.")
+    dynamic = parse_dynamic(args.dynamic)
     require_export(args.target)
     import sam_export
 
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         captured = sam_export.capture(
             step,
             example,
-            dynamic=None if args.dynamic == "none" else "batch",
+            dynamic=dynamic,
             return_outputs=args.return_outputs,
         )
     with stage(f"lower to {args.target} and write"):

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from sam_export.cli.console import PhaseBars, stage
+from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
 from sam_export.cli.recipe import add_recipe, first_batches, load_recipe
 from sam_export.runtime.detect import TARGETS, target_status
@@ -39,6 +40,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add_dynamic(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     return parser
 
@@ -46,6 +48,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the report, and returns 0 when all is equal."""
     targets = parse_targets(args.targets)
+    dynamic = parse_dynamic(args.dynamic)
     if args.steps < 1:
         raise CommandError(f"--steps {args.steps}: at least 1 is needed.")
     for target in targets:
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             num_steps=args.steps,
             device=args.device,
             progress=bars.show,
+            dynamic=dynamic,
         )
     print(report)
     if args.json:
