@@ -14,7 +14,11 @@ place.
 ONNX has an operator for ``y`` and for ``dx``, none for ``dw``; and ONNX Runtime's CPU has none of
 them in float64. Both are written with *patches*: for each kernel offset ``k`` the strided slice of
 the padded input, so that the sum over ``g`` and ``n`` is a matrix product (`patches`). Small images
-with a 3x3 kernel have a form that takes fewer products (`winograd`).
+with a 3x3 kernel have a form of ``y`` and ``dx`` that takes fewer products (`winograd`).
+
+``dw`` is always a plain sum of its products, so that it is exactly zero where all of them are, as
+in eager. That matters more than a rounding error of its size would: Adam divides by the size of the
+gradient, so that in its first steps a residue of 1e-9 instead of zero moves a weight.
 """
 
 from __future__ import annotations
@@ -28,9 +32,10 @@ from onnxscript import opset18 as op
 
 from sam_export.lower.onnx_ops import winograd
 from sam_export.lower.onnx_ops.patches import (
-    batch_last,
     channels_first,
+    channels_last,
     offsets,
+    overlaps,
     padded,
     padded_images,
     patches,
@@ -151,10 +156,11 @@ def convolution_backward(
                 dx = op.Slice(dx, ints(*[0] * spatial), ints(*window), ints(*axes))
         if output_mask[1]:
             dw = _weight_gradient(x, dy, kernel, window, stride, padding, dilation, groups)
-    elif winograd.fits(x.dtype, kernel, sizes(x)[0], window, padding, [*stride, *dilation, groups]):
-        dx, dw = winograd.gradients(dy, x, w, window, padding, output_mask)
     else:
-        if output_mask[0]:
+        others = [*stride, *dilation, groups]
+        if output_mask[0] and winograd.fits(x.dtype, kernel, sizes(x)[0], window, padding, others):
+            dx = winograd.input_gradient(dy, w, window, padding)
+        elif output_mask[0]:
             dx = _input_gradient(dy, w, kernel, window, grid, stride, padding, dilation, groups)
         if output_mask[1]:
             dw = _weight_gradient(dy, x, kernel, grid, stride, padding, dilation, groups)
@@ -225,7 +231,7 @@ def _input_gradient(
         return op.Pad(dx, ints(*[0] * (len(rest) + 2), 0, 0, *zeros))
     # dx is the convolution, at stride 1, of dy spread out by the stride with the flipped kernel,
     # in which the channels of a group have changed places.
-    spread = spread_out(op.Transpose(dy, perm=batch_last(len(grid))), kernel[0], grid, stride)
+    spread = spread_out(channels_first(dy), kernel[0], grid, stride)
     spread = padded(spread, before, after)
     turned = [groups * kernel[1], kernel[0] // groups, *kernel[2:]]
     flipped = _flipped(w, kernel, groups)
@@ -282,19 +288,26 @@ def _weight_gradient(
     few = taps > 1 and taps * channels <= _FEW_COLUMNS
     joins = channels < _FEW_CHANNELS and (small or few)
     if groups == 1 and (small or joins):
-        # Channels first and batch last: patches are then copies of long runs.
-        image = channels_first(x, padding)
-        rows = op.Reshape(op.Transpose(dy, perm=batch_last(len(grid))), ints(out_channels, -1))
+        # Batch last, or all but the channels first: slices are then copies of long runs.
+        rows = channels_first(dy)
         if joins:
+            rows = op.Reshape(rows, ints(out_channels, -1))
+            image = channels_first(x, padding)
             columns = patches(image, channels, window, grid, stride, dilation)
             product = op.MatMul(rows, op.Transpose(columns, perm=[1, 0]))
             product = op.Reshape(product, ints(out_channels, *window, channels))
             return op.Transpose(product, perm=[0, len(kernel) - 1, *axes])
-        parts = []
-        for slice_ in offsets(image, window, grid, stride, dilation, first_axis=1):
-            columns = op.Reshape(slice_, ints(channels, -1))
-            part = op.MatMul(rows, op.Transpose(columns, perm=[1, 0]))
-            parts.append(op.Reshape(part, ints(out_channels, channels, 1)))
+        size = static("The image of a convolution", sizes(x)[2:])
+        pairs = overlaps(channels_last(x), rows, window, size, grid, stride, padding, dilation)
+        nothing = op.Expand(scalar(0.0, x), ints(out_channels, channels))
+        parts = [
+            nothing
+            if pair is None
+            else op.MatMul(
+                op.Reshape(pair[0], ints(out_channels, -1)), op.Reshape(pair[1], ints(-1, channels))
+            )
+            for pair in pairs
+        ]
         return _joined(parts, kernel)
     images = padded_images(x, padding)
     # [N, groups, channels of the group, pixels]; one group is no dimension.
@@ -309,13 +322,14 @@ def _weight_gradient(
         else:
             image = op.Transpose(image, perm=[*range(last - 1), last, last - 1])
             part = op.ReduceSum(op.MatMul(rows, image), ints(0), keepdims=0)
-        parts.append(op.Reshape(part, ints(out_channels, channels, 1)))
+        parts.append(part)
     return _joined(parts, kernel)
 
 
 def _joined(parts: list[Any], kernel: list[int]) -> Any:
-    """The gradient of the kernel from those of its offsets, ``[O, C, 1]`` each."""
-    joined = op.Concat(*parts, axis=2) if len(parts) > 1 else parts[0]
+    """The gradient of the kernel from those of its offsets, of ``O * C`` elements each."""
+    rows = [op.Reshape(part, ints(1, -1)) for part in parts]
+    joined = op.Transpose(op.Concat(*rows, axis=0), perm=[1, 0]) if len(rows) > 1 else rows[0]
     return op.Reshape(joined, ints(*kernel))
 
 

@@ -1,4 +1,4 @@
-"""3x3 convolutions of small images, and their gradients, by Winograd's minimal filtering F(2, 3).
+"""3x3 convolutions of small images, and their input gradients, by Winograd's F(2, 3).
 
 Along one axis, two neighbouring outputs of a kernel of three take 4 products instead of 6::
 
@@ -14,10 +14,19 @@ left over::
     v = B^T x                [4 T, 4 U, N, C]     x with T x U tiles, along both axes
     y = A^T (v u)                                 forward
     d = A dy                 [4 T, 4 U, N, O]
-    dx = B (d u),   dw = (G (x) G)^T sum_{tiles, n} d v       the transposed maps
+    dx = B (d u)                                  the transposed maps
 
 It is exact but for rounding: relative to float64, 2.7 eps (float32, 256 channels, 8x8) where ONNX
-Runtime's ``Conv`` has 1.7, and where ATen's own weight gradient has 4.4.
+Runtime's ``Conv`` has 1.7.
+
+A sum without a term that is not zero stays exactly zero: where the three inputs of ``y[0]`` are
+zero, so are the three of ``v`` that ``A`` picks for it, and likewise for ``y[1]`` and for ``dx``.
+The weight gradient has such a form too, ``dw = (G (x) G)^T sum_{tiles, n} d v``, but there it is
+not so: ``dw[0] = dy[0] x[0] + dy[1] x[1]`` takes in ``dy[0] x[2]`` three times, with factors 1/2,
+1/2 and -1, and rounding leaves some of it. After ReLU, and at the border of a small image, many
+weights meet nothing but zeros, eager's gradient of them is exactly zero, and Adam, which divides by
+the size of the gradient, makes a whole step of what is left (of 1e-9 a tenth of one). Therefore
+weight gradients are sums of slices (`convolution`), which were measured to be as fast.
 
 Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016,
 https://arxiv.org/abs/1509.09308, section 4.1.
@@ -35,7 +44,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxscript import opset18 as op
 
-from sam_export.lower.onnx_ops.table import ints, scalar, sizes
+from sam_export.lower.onnx_ops.table import ints, sizes
 
 Matrix = NDArray[np.floating[Any]]
 
@@ -54,9 +63,9 @@ _CHANNELS_PER_PIXEL = 4
 """Channels, at least, for each pixel along the longest axis.
 
 Measured at one thread in onnxruntime-training 1.19.2, milliseconds of the best other forms, forward
-and both gradients, against these: 32 images of 64 channels, 8x8: 4.4 and 2.9; 256 channels, 8x8: 34
-and 36.6; 64 channels, 16x16: 17.3 and 16.5; 128 channels, 16x16: 57 and 47; 64 images of 64
-channels, 4x4: 2.4 and 1.3. With 64 channels and 32x32 it is 69 and 123.
+and both gradients, against these: 32 images of 64 channels, 8x8: 3.1 and 2.3; 256 channels, 8x8: 37
+and 28; 64 channels, 16x16: 12.6 and 13.9; 128 channels, 16x16: 40 either way; 64 images of 64
+channels, 4x4: 1.5 and 1.0; 2x2: 0.37 and 0.23. With 64 channels and 32x32 it is 69 and 123.
 """
 
 _ROWS = 128
@@ -116,18 +125,13 @@ def fits(
     )
 
 
-def maps(window: Sequence[int], padding: Sequence[int], backward: bool) -> Maps:
+def maps(window: Sequence[int], padding: Sequence[int]) -> Maps:
     """The matrices for an image of the spatial sizes ``window`` (see `Maps`).
 
     Args:
         window: Spatial sizes of the input.
         padding: On each side.
-        backward: Lists the positions of a tile from the last to the first. Otherwise ``v`` would
-            be the same tensor in both directions, and be kept from one to the other: four times
-            the memory of ``x``, for 4 % of the time.
     """
-    order = slice(None, None, -1 if backward else 1)
-    b, g, a = _B[order], _G[order], _A[:, order]
     inputs, outputs = [], []
     for pixels, pad in zip(window, padding, strict=True):
         grid = pixels + 2 * pad - 2
@@ -136,49 +140,30 @@ def maps(window: Sequence[int], padding: Sequence[int], backward: bool) -> Maps:
         for tile in range(tiles):
             for tap in range(4):
                 if 0 <= (pixel := 2 * tile - pad + tap) < pixels:
-                    into[:, tile, pixel] = b[:, tap]
+                    into[:, tile, pixel] = _B[:, tap]
             for row in range(min(2, grid - 2 * tile)):
-                out[2 * tile + row, :, tile] = a[row]
+                out[2 * tile + row, :, tile] = _A[row]
         inputs.append(into.reshape(4 * tiles, pixels))
         outputs.append(out.reshape(grid, 4 * tiles))
-    return Maps((inputs[0], inputs[1]), (outputs[0], outputs[1]), np.kron(g, g))
+    return Maps((inputs[0], inputs[1]), (outputs[0], outputs[1]), np.kron(_G, _G))
 
 
 def convolution(x: ir.Value, w: ir.Value, window: Sequence[int], padding: Sequence[int]) -> Any:
     """``y`` of the module's formulas, without bias."""
-    given = maps(window, padding, backward=False)
+    given = maps(window, padding)
     out_channels, channels = _channels(w)
     spread = _spread(x, given.inputs, channels)
     kernel = op.Transpose(_kernel(w, given), perm=[0, 1, 2, 4, 3])
     return _image(op.MatMul(spread, kernel), given.outputs, out_channels)
 
 
-def gradients(
-    dy: ir.Value,
-    x: ir.Value,
-    w: ir.Value,
-    window: Sequence[int],
-    padding: Sequence[int],
-    wanted: Sequence[bool],
-) -> tuple[Any, Any]:
-    """``dx`` and ``dw`` of the module's formulas; one that is not ``wanted`` is a constant."""
-    given = maps(window, padding, backward=True)
+def input_gradient(dy: ir.Value, w: ir.Value, window: Sequence[int], padding: Sequence[int]) -> Any:
+    """``dx`` of the module's formulas."""
+    given = maps(window, padding)
     out_channels, channels = _channels(w)
-    turned = (given.outputs[0].T, given.outputs[1].T)
-    spread = _spread(dy, turned, out_channels)
-    dx = dw = scalar(0.0, dy)
-    if wanted[0]:
-        product = op.MatMul(spread, _kernel(w, given))
-        dx = _image(product, (given.inputs[0].T, given.inputs[1].T), channels)
-    if wanted[1]:
-        taps = _spread(x, given.inputs, channels)
-        product = op.MatMul(op.Transpose(spread, perm=[0, 1, 2, 4, 3]), taps)
-        # The sum over rows of tiles is part of the product with (G (x) G)^T.
-        tiles = given.outputs[0].shape[1] // 4
-        rows = np.repeat(given.kernel.T.reshape(9, 4, 1, 4), tiles, axis=2).reshape(9, -1)
-        dw = op.MatMul(_constant(rows), op.Reshape(product, ints(rows.shape[1], -1)))
-        dw = op.Reshape(op.Transpose(dw, perm=[1, 0]), ints(out_channels, channels, 3, 3))
-    return dx, dw
+    spread = _spread(dy, (given.outputs[0].T, given.outputs[1].T), out_channels)
+    product = op.MatMul(spread, _kernel(w, given))
+    return _image(product, (given.inputs[0].T, given.inputs[1].T), channels)
 
 
 def _spread(image: ir.Value, matrices: Sequence[Matrix], channels: int) -> Any:
