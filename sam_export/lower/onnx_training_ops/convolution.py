@@ -8,23 +8,20 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sam_export.lower.onnx_ops import winograd
 from sam_export.lower.onnx_ops.table import sizes, static
 from sam_export.lower.onnx_training_ops.table import portable, training_form, training_op
 
 _LARGE_IMAGE = 256
 """From more output pixels on ``ConvGrad`` is the faster one, up to this many a few large products.
 
-At one thread, weight gradient with forward and input gradient: 32 images of 64 channels, 32x32:
-39.0 against 42.6 ms; 3 to 64 channels, 7x7, 112x112: 5.8 against 18.9. 32 images of 48 channels,
-12x12, alone: 2.5 against 2.3.
+The weight gradient alone, 32 images of 64 channels, 32x32: 12.9 against 15.9 ms; 16 channels: 1.4
+against 1.9; of 48 channels, 12x12: 1.3 against 1.1; of 256, 8x8: 12.0 against 10.0.
 """
 
-_LARGE_PRODUCTS = 2**21
-"""The same from so many output pixels times pairs of channels on: then its products, one for each
-image, are large. 32 images of 64 to 128 channels, 32x32 to 16x16: 21.0 against 25.0 ms; 128 to 256,
-16x16 to 8x8: 18.3 against 19.8; 8 images of 512 channels, 7x7, alone: 19.3 against 23.8. Below: 256
-channels, 8x8 to 4x4, 7.4 against 6.6.
+_MANY_PAIRS = 2**13
+"""Pairs of channels from which it is the faster one for exactly so many pixels: 128 channels,
+16x16: 12.5 against 14.5 ms; 64 to 128, 32x32 to 16x16: 6.8 against 9.9; 32 channels, 16x16: 1.2
+against 1.1.
 """
 
 _LARGE_IMAGE_1X1 = 16
@@ -57,7 +54,7 @@ def convolution_backward(
     """
     options = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups)
     other = portable("aten::convolution_backward")
-    if not output_mask[1] or transposed or not _pays(dy, x, w, stride, padding, dilation, groups):
+    if not output_mask[1] or transposed or not _pays(dy, w, groups):
         return other(dy, x, w, *options, output_mask)
     dx, _, db = other(dy, x, w, *options, [output_mask[0], False, output_mask[2]])
     kernel = static("A convolution kernel", sizes(w)[2:])
@@ -72,25 +69,12 @@ def convolution_backward(
     return dx, dw, db
 
 
-def _pays(
-    dy: ir.Value,
-    x: ir.Value,
-    w: ir.Value,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
+def _pays(dy: ir.Value, w: ir.Value, groups: int) -> bool:
     """Whether ``ConvGrad`` is faster. In three dimensions its patches are copied one by one: 4
     images of 16 channels, 16x16x16, 30 against 3.4 ms.
     """
-    batch, _, *window = sizes(x)
     out_channels, channels, *kernel = static("A convolution kernel", sizes(w))
-    spatial = len(kernel)
-    if dy.dtype != ir.DataType.FLOAT or spatial > 2:
-        return False
-    others = [*_spread(stride, spatial), *_spread(dilation, spatial), groups]
-    if winograd.fits(x.dtype, sizes(w), batch, window, _spread(padding, spatial), others):
+    if dy.dtype != ir.DataType.FLOAT or len(kernel) > 2:
         return False
     pixels = prod(static("The image of a convolution", sizes(dy)[2:]))
     if groups > 1:
@@ -99,7 +83,8 @@ def _pays(
         return pixels > _LARGE_IMAGE_1X1
     if channels == 1:
         return pixels >= _ONE_CHANNEL
-    return pixels > _LARGE_IMAGE or pixels * channels * out_channels >= _LARGE_PRODUCTS
+    many = channels * out_channels >= _MANY_PAIRS
+    return pixels > _LARGE_IMAGE or (pixels == _LARGE_IMAGE and many)
 
 
 def _spread(values: Sequence[int], spatial: int) -> list[int]:
