@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import platform
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 
 from sam_export.errors import ParityError
 from sam_export.parity.disturb import examples
+from sam_export.parity.laws import Law, laws_of_eager, laws_of_target
 from sam_export.parity.oracle import Batch, Oracle
 from sam_export.parity.panel import Panel
+from sam_export.parity.reference import Reference, ReferenceResult, compare_reference
 from sam_export.parity.report import ParityReport, TargetReport
 from sam_export.parity.rollout import (
     METRICS,
@@ -29,9 +31,11 @@ from sam_export.parity.rollout import (
     run_free,
     run_locked,
 )
+from sam_export.parity.subjects import built, existing, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, worst_per_step
 from sam_export.step.train_step import TrainStep
+from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
 
 DEFAULT_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
@@ -60,19 +64,27 @@ def check_parity(
     tolerances: Tolerances | None = None,
     progress: Progress | None = None,
     dynamic: Dynamic = "batch",
+    *,
+    artifacts: Mapping[str, str | os.PathLike[str]] | None = None,
+    reference: Reference | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    isolate: bool = True,
 ) -> ParityReport:
     """Compares the step of each target with plain eager PyTorch, by name and by change.
 
     Every target is exported, loaded and run twice through ``num_steps`` steps beside an oracle
     that shares no code with this package: free-running from the start state, and in lock-step,
     where each step starts from eager's state. A target passes when no tensor and no metric of
-    either is further from the float64 oracle than a right step can be (`Tolerances`).
+    either is further from the float64 oracle than a right step can be (`Tolerances`), and when it
+    obeys the laws of `parity.laws`. In the middle of the free run it goes on from a checkpoint in a
+    new process. Where all batches are of one size, one smaller one is added.
 
     Args:
         step: The eager step; model and optimizer are left as they are.
         batches: Tuples or dicts of tensors or NumPy arrays, of any sizes that the step takes; they
             are cycled where there are fewer than ``num_steps``.
-        targets: Names of targets; None: all that there are, or none where ``sessions`` are given.
+        targets: Names of targets; None: all that there are, or none where ``sessions`` or
+            ``artifacts`` are given.
         num_steps: Steps of each rollout, at least 1.
         device: Where the targets run.
         sessions: Sessions that exist already, by a name for the report. They are put to the start
@@ -82,35 +94,68 @@ def check_parity(
         progress: Called with a phase, the steps done and the steps to do.
         dynamic: Which sizes stay symbolic in the targets, as `capture` takes it: ``"batch"``, None,
             or per input ``{"x": {0: "batch", 1: "time"}}``. The batches may then differ in them.
+        artifacts: Folders of artifacts that exist already, by a name for the report. They run from
+            where ``step`` is, with its ``lr`` and ``rho``; in what else they were made for another
+            step is said in the report's notes.
+        reference: Your own eager loop, see `parity.reference.Reference`: is it this step, and if
+            not, in which choice does it differ?
+        cache: Folder in which the targets' artifacts are kept for the next check, by the hash of
+            the graph; None: they are built anew and thrown away.
+        isolate: Whether each target runs in a process of its own, so that a crash of a native
+            runtime is a failed target.
 
     Returns:
-        The report. A target that cannot be built or run is a failed one, not an error.
+        The report. A target that cannot be built or run is a failed one, not an error. After
+        Ctrl-C it holds what was compared until then, and is not ``ok``.
 
     Raises:
         ParityError: Nothing can be compared: no batch, no step, no target, or eager itself fails.
         StepConfigError: ``dynamic`` does not fit the batch.
         CaptureError: The step cannot be captured.
     """
-    existing = dict(sessions or {})
-    chosen = tuple(targets) if targets is not None else () if existing else DEFAULT_TARGETS
-    _check_request(batches, num_steps, chosen, existing)
+    given, folders = dict(sessions or {}), dict(artifacts or {})
+    chosen = tuple(targets) if targets is not None else () if given or folders else DEFAULT_TARGETS
+    names = (*given, *folders, *chosen)
+    _check_request(batches, num_steps, chosen, names)
     tol = tolerances or Tolerances()
-    tell = progress or (lambda phase, done, total: None)
-    with _own_generators(), tempfile.TemporaryDirectory(prefix="sam_export-parity-") as folder:
+    if dynamic == "batch":
+        batches = with_unseen_size(batches, num_steps)
+    done: dict[str, TargetReport] = {}
+    interrupted = False
+    eager: tuple[Law, ...] = ()
+    compared: ReferenceResult | None = None
+    with _own_generators():
         panel = Panel(lambda: _oracle(step), batches, seed, tol)
-        runs = [Run(name, session) for name, session in existing.items()]
-        with _kept_state(runs):
-            for run in runs:
-                begin(run, panel, reset=True)
-            built, failures = _built(step, batches, chosen, device, Path(folder), tell, dynamic)
-            for run in built:
-                begin(run, panel, reset=False)
-            runs += built
-            run_free(panel, runs, num_steps, tol, tell)
-            run_locked(panel, runs, num_steps, tol, tell)
-        reports = {run.name: _judged(run, panel, tol) for run in runs} | failures
+        check = _Check(panel, num_steps, tol, progress or (lambda phase, at, total: None), done)
+        try:
+            eager = laws_of_eager(panel)
+            if reference is not None:
+                compared = compare_reference(reference, step, panel, min(num_steps, 5))
+            for name, session in given.items():
+                with _kept_state(Run(name, session)) as run:
+                    check.drive(run, reset=True)
+            for name, folder in folders.items():
+                with existing(name, Path(folder), step, device, isolate, panel.notes) as run:
+                    check.drive(run, reset=True)
+            captured = None
+            for target in chosen:
+                if captured is None:
+                    check.tell("capture", 0, 1)
+                    captured = capture_example(step, batches[0], dynamic)
+                    check.tell("capture", 1, 1)
+                check.tell(f"build {target}", 0, 1)
+                kept = None if cache is None else Path(cache)
+                with built(captured, target, device, kept, isolate) as run:
+                    check.tell(f"build {target}", 1, 1)
+                    check.drive(run, reset=False)
+        except KeyboardInterrupt:
+            interrupted = True
+            panel.notes.append("interrupted: only what was compared until then is here")
+    for name in names:
+        if name not in done:
+            done[name] = TargetReport(name, None, (), (), (), "not run: interrupted", 0.0)
     return ParityReport(
-        targets=tuple(reports[name] for name in (*existing, *chosen)),
+        targets=tuple(done[name] for name in names),
         dtype=panel.dtype,
         num_steps=num_steps,
         batch_sizes=tuple(examples(panel.batch(index)) for index in range(num_steps)),
@@ -122,14 +167,49 @@ def check_parity(
         threads=torch.get_num_threads(),
         notes=tuple(panel.notes),
         tolerances=tol,
+        laws=eager,
+        reference=compared,
+        interrupted=interrupted,
     )
+
+
+@dataclass
+class _Check:
+    """Drives runs one after the other, and keeps a report of each, also of one that ends early."""
+
+    panel: Panel
+    num_steps: int
+    tol: Tolerances
+    tell: Progress
+    done: dict[str, TargetReport]
+
+    def drive(self, run: Run, reset: bool) -> None:
+        """Both rollouts and the laws of one run."""
+
+        def tell(phase: str, at: int, total: int) -> None:
+            self.tell(f"{run.name}: {phase}", at, total)
+
+        laws: tuple[Law, ...] = ()
+        try:
+            if run.error is None:
+                begin(run, self.panel, reset)
+            run_free(self.panel, [run], self.num_steps, self.tol, tell)
+            run_locked(self.panel, [run], self.num_steps, self.tol, tell)
+            if run.error is None:
+                with run.guarded("laws"):
+                    laws = laws_of_target(run, self.panel, self.tol)
+        except KeyboardInterrupt:
+            run.error = run.error or "interrupted"
+            raise
+        finally:
+            self.done[run.name] = _judged(run, self.panel, self.tol, laws)
 
 
 def _check_request(
     batches: Sequence[Batch],
     num_steps: int,
     targets: Sequence[str],
-    sessions: Mapping[str, SessionLike],
+    names: Sequence[str],
 ) -> None:
     if not len(batches):
         raise ParityError(
@@ -137,11 +217,10 @@ def _check_request(
         )
     if num_steps < 1:
         raise ParityError(f"num_steps={num_steps}: at least one step is needed to compare.")
-    names = [*sessions, *targets]
     if not names:
         raise ParityError(
-            "check_parity was given no target and no session, so there is nothing to compare; "
-            f"pass targets={list(DEFAULT_TARGETS)}."
+            "check_parity was given no target, session or artifact, so there is nothing to "
+            f"compare; pass targets={list(DEFAULT_TARGETS)}."
         )
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
@@ -170,40 +249,11 @@ def _oracle(step: TrainStep) -> Oracle:
     )
 
 
-def _built(
-    step: TrainStep,
-    batches: Sequence[Batch],
-    targets: Sequence[str],
-    device: str,
-    folder: Path,
-    tell: Progress,
-    dynamic: Dynamic,
-) -> tuple[list[Run], dict[str, TargetReport]]:
-    """Exports the step to every target and loads it from there; failures become reports."""
-    if not targets:
-        return [], {}
-    from sam_export.api import device_to_build_for, export, load
+def capture_example(step: TrainStep, batch: Batch, dynamic: Dynamic) -> CapturedStep:
+    """The step, captured with a batch of tensors or arrays."""
     from sam_export.tracing.capture import capture
 
-    tell("capture", 0, 1)
-    captured = capture(step, _example(step, batches[0]), dynamic=dynamic)
-    tell("capture", 1, 1)
-    runs, failures = [], {}
-    for index, target in enumerate(targets):
-        tell(f"build {target}", index, len(targets))
-        begun = time.perf_counter()
-        try:
-            built_for = device_to_build_for(target, device)
-            export(captured, folder / target, target=target, device=built_for)
-            session = load(folder / target, device=device)
-        except Exception as error:
-            text = f"build: {type(error).__name__}: {error}"
-            seconds = time.perf_counter() - begun
-            failures[target] = TargetReport(target, None, (), (), (), text, seconds)
-        else:
-            runs.append(Run(target, session, seconds=time.perf_counter() - begun))
-        tell(f"build {target}", index + 1, len(targets))
-    return runs, failures
+    return capture(step, _example(step, batch), dynamic=dynamic)
 
 
 def _example(step: TrainStep, batch: Batch) -> Any:
@@ -218,7 +268,7 @@ def _example(step: TrainStep, batch: Batch) -> Any:
     return tuple(tensor(value) for value in batch)
 
 
-def _judged(run: Run, panel: Panel, tol: Tolerances) -> TargetReport:
+def _judged(run: Run, panel: Panel, tol: Tolerances, laws: tuple[Law, ...] = ()) -> TargetReport:
     roles = dict.fromkeys(panel.parameters, "parameter")
     roles |= dict.fromkeys((*METRICS, "finite"), "metric")
     rows = [
@@ -244,6 +294,8 @@ def _judged(run: Run, panel: Panel, tol: Tolerances) -> TargetReport:
         error=run.error,
         seconds=run.seconds,
         known_rounding=max(getattr(run.session, "known_rounding", {}).values(), default=0.0),
+        laws=laws,
+        resumed_after=run.resumed_after,
     )
 
 
@@ -255,16 +307,14 @@ def _own_generators() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_state(runs: Sequence[Run]) -> Iterator[None]:
-    """Gives the user's sessions their state back."""
-    given = list(runs)
-    before = {run.name: dict(run.session.state) for run in given}
+def _kept_state(run: Run) -> Iterator[Run]:
+    """Gives the user's session its state back."""
+    before = dict(run.session.state)
     try:
-        yield
+        yield run
     finally:
-        for run in given:
-            with run.guarded("putting the state back"):
-                run.session.set_state(before[run.name])
+        with run.guarded("putting the state back"):
+            run.session.set_state(before)
 
 
 def _versions() -> dict[str, str]:

@@ -83,6 +83,9 @@ class Oracle:
         """Whether seed and step number are part of the state."""
         self.on_nonfinite = on_nonfinite
         self.decay_in_ascent = decay_in_ascent
+        self.norm_over = "all"
+        """``"tensor"``: each parameter is perturbed by ``rho``, with the norm of its own gradient;
+        no step of ours is that, but loops of users are."""
         self.is_double = False
         self.without_gradient: set[str] = set()
         """Parameters to which the last step gave no gradient: frozen, unused, or not optimized."""
@@ -112,9 +115,38 @@ class Oracle:
             ``loss``, ``perturbed_loss``, ``grad_norm``, ``perturbation_norm`` and ``finite``.
         """
         with torch.enable_grad(), self._default_dtype():
-            result = self._step(self._tensors(batch))
+            result = self._step(self.tensors(batch))
         self.step_count += int(bool(result["finite"]) or self.on_nonfinite != "raise")
         return result
+
+    def base_step(self, batch: Batch) -> None:
+        """One step of the base optimizer alone: one pass, no perturbation."""
+        with torch.enable_grad(), self._default_dtype():
+            self._zero_grad()
+            with self._drawing(0):
+                self._loss(self.tensors(batch)).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self._zero_grad()
+
+    def loss_and_gradient(self, batch: Batch) -> tuple[float, dict[str, NDArray[Any]]]:
+        """Loss and gradient at the current weights, by name; buffers are put back."""
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with torch.enable_grad(), self._default_dtype():
+            self._zero_grad()
+            with self._drawing(0):
+                loss = self._loss(self.tensors(batch))
+                loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self._put_back(buffers, before)
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        gradient = {
+            name: _array(p.grad)
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and id(p) in held
+        }
+        self._zero_grad()
+        return float(loss.detach()), gradient
 
     def _step(self, batch: Batch) -> dict[str, float | bool]:
         groups = self.optimizer.param_groups
@@ -141,7 +173,8 @@ class Oracle:
             for group in groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        e = group["rho"] * p.grad / (grad_norm.to(p.device) + 1e-12)
+                        norm = grad_norm if self.norm_over == "all" else p.grad.norm()
+                        e = group["rho"] * p.grad / (norm.to(p.device) + 1e-12)
                         e = e.to(p.dtype)
                         old.append((p, p.clone()))
                         perturbations.append(e)
@@ -280,7 +313,9 @@ class Oracle:
         """Where the first parameter lives; batches are moved there."""
         return next(self.model.parameters()).device
 
-    def _tensors(self, batch: Batch) -> Batch:
+    def tensors(self, batch: Batch) -> Batch:
+        """The batch on the model's device and, for the judge, in float64."""
+
         def moved(value: Any) -> Tensor:
             tensor = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
             tensor = tensor.detach().to(self.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,9 @@ from sam_export.parity.disturb import (
 )
 from sam_export.parity.oracle import Batch, Oracle
 from sam_export.parity.tolerances import Tolerances
+
+KEPT_BYTES = 2**28
+"""Room for the rounds that the next target is compared with too; others are run again for it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Panel:
     ) -> None:
         self.batches = batches
         self.seed = seed
+        self.tolerances = tol
         self.permutations = tol.permutations
         self.notes: list[str] = []
         try:
@@ -112,8 +117,9 @@ class Panel:
         self.dtype = str(next(self.start[n].dtype for n in probe.parameter_names))
         self._eager = made()
         self.on_nonfinite = self._eager.on_nonfinite
+        self.draws = drew
         others = drew and not own
-        self._judge = self._make_judge(others)
+        self.judge = self._make_judge(others)
         self._permutes = not drew and self._order_is_neutral()
         self._jitters = not self._permutes or self.dtype != "float64"
         if not self._permutes:
@@ -121,14 +127,10 @@ class Panel:
                 "noise floor without permutations (random numbers, a loss that depends on the "
                 "order, or too few examples): weights and inputs off by one rounding"
             )
-        self._free: list[tuple[Oracle, State]] = [
-            (self._make_judge(others, quiet=True), self.start)
-        ]
-        for variant in range(tol.permutations + 1):
-            oracle = made()
-            start = self._disturbed_state(self.start, variant, 0)
-            oracle.load(start)
-            self._free.append((oracle, start))
+        self._others = others
+        self._kept: dict[tuple[str, int], Round] = {}
+        self._room = KEPT_BYTES
+        self._begin()
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
@@ -139,13 +141,27 @@ class Panel:
         torch.manual_seed(self.seed * 1_000_003 + step)
 
     def free(self, step: int) -> Round:
-        """The next step of the free-running oracles; call it with 0, 1, 2, …"""
-        return self._round(self._free, self.batch(step), step)
+        """A step of the free-running oracles; what was not kept is run again from the start."""
+        if ("free", step) in self._kept:
+            return self._kept["free", step]
+        if self._position > step:
+            self._begin()
+        while True:
+            at = self._position
+            this = self._round(self._free, self.batch(at), at)
+            self._position += 1
+            if at == step:
+                return self._keep("free", step, this)
+
+    def locked(self, state: State, step: int) -> Round:
+        """`lock` with the batch of the step, from the state that eager had before it."""
+        kept = self._kept.get(("locked", step))
+        return kept or self._keep("locked", step, self.lock(state, step, self.batch(step)))
 
     def lock(self, state: State, step: int, batch: Batch) -> Round:
         """One step of every oracle run from ``state``."""
-        self._judge.load(state)
-        results = [self._stepped(self._judge, state, batch, step)]
+        self.judge.load(state)
+        results = [self._stepped(self.judge, state, batch, step)]
         for variant in range(self.permutations + 1):
             start = self._disturbed_state(state, variant, step)
             self._eager.load(start)
@@ -164,7 +180,60 @@ class Panel:
         }
         return moved, map_batch(batch, lambda value: jittered_input(value, ulps, rng, self.dtype))
 
+    def oracle(self, double: bool) -> Oracle:
+        """A fresh oracle at the start state, which draws from torch's generators."""
+        oracle = self._make()
+        oracle.generator, oracle.is_counting = "torch", False
+        return oracle.double() if double else oracle
+
+    @property
+    def rho(self) -> list[float]:
+        """Radius of each parameter group."""
+        return [float(group["rho"]) for group in self.judge.optimizer.param_groups]
+
+    @contextmanager
+    def radius(self, rho: float) -> Iterator[None]:
+        """`lock` with this ``rho`` in every group."""
+        before = self.rho
+        groups = [o.optimizer.param_groups for o in (self.judge, self._eager)]
+        try:
+            for own in groups:
+                for group in own:
+                    group["rho"] = rho
+            yield
+        finally:
+            for own in groups:
+                for group, value in zip(own, before, strict=True):
+                    group["rho"] = value
+
+    def base_step(self, state: State, batch: Batch) -> State:
+        """State after one step of the base optimizer alone, as the judge computes it."""
+        self.seed_generators(0)
+        self.judge.load(state)
+        self.judge.base_step(batch)
+        return self.judge.snapshot()
+
     # -- the runs -----------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Puts the free-running oracles to the start."""
+        self._position = 0
+        self._free: list[tuple[Oracle, State]] = [
+            (self._make_judge(self._others, quiet=True), self.start)
+        ]
+        for variant in range(self.permutations + 1):
+            oracle = self._make()
+            start = self._disturbed_state(self.start, variant, 0)
+            oracle.load(start)
+            self._free.append((oracle, start))
+
+    def _keep(self, mode: str, step: int, this: Round) -> Round:
+        """Keeps a round for the next target, as long as there is room."""
+        size = sum(a.nbytes for run in (this.judge, *this.runs) for a in run.state.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[mode, step] = this
+        return this
 
     def _round(self, oracles: Sequence[tuple[Oracle, State]], batch: Batch, step: int) -> Round:
         results = [self._stepped(oracles[0][0], oracles[0][1], batch, step)]
@@ -223,11 +292,11 @@ class Panel:
             return False
         losses = []
         for variant in (0, 1):
-            self._judge.load(self.start)
-            losses.append(self._judge.step(permuted(batch, np.random.default_rng(variant)))["loss"])
+            self.judge.load(self.start)
+            losses.append(self.judge.step(permuted(batch, np.random.default_rng(variant)))["loss"])
         # Summing n terms in another order errs by about sqrt(n) roundings; 1e4 is far above that
         # and far below what exchanging examples does to a loss that depends on their order.
-        eps = np.finfo("float64" if self._judge.is_double else self.dtype).eps
+        eps = np.finfo("float64" if self.judge.is_double else self.dtype).eps
         return not abs(losses[0] - losses[1]) > 1e4 * float(eps) * abs(losses[0])
 
     def _disturbed_state(self, state: State, variant: int, step: int) -> State:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sam_export.errors import ParityError
+from sam_export.parity.laws import Law
+from sam_export.parity.reference import ReferenceResult
 from sam_export.parity.tolerances import Tolerances
 from sam_export.parity.verdict import Row
 
@@ -37,6 +39,9 @@ class TargetReport:
         seconds: Time for building the target and for running its steps.
         known_rounding: Largest part of a change by which the target's runtime is known to be off;
             the bounds of those tensors allow for it.
+        laws: What came of the laws that need no oracle of the same algorithm.
+        resumed_after: Free-running: steps after which it went on from a checkpoint in a new
+            process; 0: it could not.
     """
 
     name: str
@@ -47,11 +52,18 @@ class TargetReport:
     error: str | None
     seconds: float
     known_rounding: float = 0.0
+    laws: tuple[Law, ...] = ()
+    resumed_after: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether the target ran and nothing differs."""
-        return self.error is None and bool(self.rows) and not self.failed
+        """Whether the target ran, nothing differs, and no law is broken."""
+        return self.error is None and bool(self.rows) and not self.failed and not self.broken
+
+    @property
+    def broken(self) -> tuple[Law, ...]:
+        """The laws that it does not obey."""
+        return tuple(law for law in self.laws if law.verdict == "FAIL")
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -86,6 +98,9 @@ class ParityReport:
         threads: torch's thread count, for the oracle.
         notes: Where the check had to judge otherwise than usual, and why.
         tolerances: The numbers that decided.
+        laws: Those of eager itself: finite differences of its gradients.
+        reference: How the user's own loop compares with the step; None where none was given.
+        interrupted: Whether the check was stopped in the middle.
     """
 
     targets: tuple[TargetReport, ...]
@@ -100,19 +115,27 @@ class ParityReport:
     threads: int
     notes: tuple[str, ...]
     tolerances: Tolerances
+    laws: tuple[Law, ...] = ()
+    reference: ReferenceResult | None = None
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether every target passed."""
-        return bool(self.targets) and all(target.ok for target in self.targets)
+        """Whether every target passed, eager's gradients are right and the user's loop is equal."""
+        right = all(law.verdict != "FAIL" for law in self.laws)
+        same = self.reference is None or self.reference.equal
+        whole = bool(self.targets) and not self.interrupted
+        return whole and right and same and all(target.ok for target in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a number that is not finite is null.
 
         Keys: ``format`` (1), ``ok``, ``dtype``, ``num_steps``, ``batch_sizes`` (one per step),
         ``seed``, ``optimizer``, ``semantics``, ``versions``, ``device``, ``threads``, ``notes``,
+        ``laws`` (objects with ``name``, ``verdict``, ``detail``), ``reference``, ``interrupted``,
         ``tolerances`` (the fields of `Tolerances`), and ``targets``, a list of objects with
-        ``name``, ``ok``, ``provider``, ``error``, ``seconds``, ``noise`` (tensor names),
+        ``name``, ``ok``, ``provider``, ``error``, ``seconds``, ``noise`` (tensor names), ``laws``,
+        ``resumed_after``,
         ``lock_step`` and ``free_running`` (largest relative error of each step), and ``rows``,
         a list of objects with the fields of `Row`.
         """
@@ -162,6 +185,9 @@ class ParityReport:
             f"{self.dtype}, {self.num_steps} steps, batches of {sizes}, seed {self.seed}, "
             f"device {self.device}, torch {self.versions.get('torch', '?')}",
         ]
+        lines += [f"FAIL: {law.name}: {law.detail}" for law in self.laws if law.verdict == "FAIL"]
+        if self.reference is not None:
+            lines += _wrapped(str(self.reference), "your loop: ")
         for target in self.targets:
             lines += ["", *_target_lines(target)]
         lines += ["", *self._legend()]
@@ -211,6 +237,14 @@ def _target_lines(target: TargetReport) -> list[str]:
         f"  {counts['ok']} ok, {counts['noise']} noise, {counts['FAIL']} FAIL of "
         f"{len(target.rows)} comparisons ({len(shown)} shown, worst first)"
     )
+    if target.laws:
+        held = [law for law in target.laws if law.verdict == "ok"]
+        lines.append(
+            f"  laws: {len(held)} hold, {len(target.broken)} broken, "
+            f"{len(target.laws) - len(held) - len(target.broken)} do not apply"
+        )
+        for law in target.broken:
+            lines += _wrapped(f"{law.name}: {law.detail}", "  broken: ")
     if target.known_rounding:
         text = f"up to {target.known_rounding:.1e} of a change, see its manifest"
         lines += _wrapped(text, "  allowed for the runtime's own rounding: ")

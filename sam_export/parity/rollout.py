@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +46,7 @@ class SessionLike(Protocol):
     def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Makes ``state``, which is complete, the current one."""
 
-    def step(self, *batch: Any) -> Any:
+    def step(self, *batch: Any, **hyper: Any) -> Any:
         """Runs one step; the result has the fields of `StepResult`."""
 
 
@@ -62,6 +65,9 @@ class Run:
         confirmed: Whether a difference has survived its retests; no more are needed then.
         initial: The state that it began with.
         seconds: Time that the session took so far.
+        artifact: Folder of its artifact, where there is one.
+        resumed_after: Steps after which it went on from a checkpoint in a new process; 0: it did
+            not.
     """
 
     name: str
@@ -74,6 +80,8 @@ class Run:
     confirmed: bool = False
     initial: State = field(default_factory=dict)
     seconds: float = 0.0
+    artifact: Path | None = None
+    resumed_after: int = 0
 
     @contextmanager
     def guarded(self, doing: str) -> Iterator[None]:
@@ -112,7 +120,11 @@ def begin(run: Run, panel: Panel, reset: bool) -> None:
 def run_free(
     panel: Panel, runs: list[Run], steps: int, tol: Tolerances, progress: Progress
 ) -> None:
-    """All steps from the start state, each contestant on its own."""
+    """All steps from the start state, each contestant on its own.
+
+    In the middle, a session that can goes on from a checkpoint in a new process: what the file does
+    not hold is a difference from there on.
+    """
     untrained = panel.parameters
     for step in range(steps):
         this = panel.free(step)
@@ -124,7 +136,29 @@ def run_free(
                 with run.guarded(f"free-running step {step + 1}"):
                     found = _stepped(panel, run, panel.batch(step), step, this)
                     run.free.append(_compare(panel, run, this, samples, found, step + 1))
+                    if step + 1 == steps // 2:
+                        _resume(run, step + 1)
         progress("free-running", step + 1, steps)
+
+
+def _resume(run: Run, steps: int) -> None:
+    resume = getattr(run.session, "resume", None)
+    if resume is None:
+        return
+    before = run.session.state
+    with tempfile.TemporaryDirectory(prefix="sam_export-parity-") as folder:
+        resume(Path(folder, "checkpoint"))
+    after = run.session.state
+    changed = [name for name in before if not _same_bits(before[name], after[name])]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed[:3])} came back changed from a checkpoint after step {steps}"
+        )
+    run.resumed_after = steps
+
+
+def _same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
 def run_locked(
@@ -136,7 +170,7 @@ def run_locked(
     for step in range(steps):
         batch = panel.batch(step)
         again = _Again(panel, state, batch, step, tol)
-        this = panel.lock(state, step, batch)
+        this = panel.locked(state, step)
         samples = _measured(panel, this, 1, tol)
         for run in runs:
             if run.error is not None:
@@ -206,6 +240,41 @@ def _retest(panel: Panel, run: Run, full: State, again: _Again, tol: Tolerances)
 # -- one step -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One step of a session from a given state: its metrics, and its samples where asked for."""
+
+    metrics: dict[str, float]
+    samples: dict[str, Sample]
+
+
+def compared_from(
+    run: Run,
+    panel: Panel,
+    state: State,
+    batch: Batch,
+    hyper: Mapping[str, Any],
+    this: Round | None = None,
+) -> Compared:
+    """One step of a session from ``state``, and its distances from the oracle runs ``this``.
+
+    Args:
+        run: The session.
+        panel: The oracle runs.
+        state: To start from.
+        batch: The batch.
+        hyper: Keywords of the step.
+        this: What to compare with; None: only metrics are wanted.
+    """
+    run.session.set_state(_fitted(state, run.initial))
+    found = _stepped(panel, run, batch, 0, this, hyper)
+    samples: dict[str, Sample] = {}
+    if this is not None:
+        measured = _measured(panel, this, 1, Tolerances())
+        samples = _compare(panel, run, this, measured, found, 1)
+    return Compared(found.metrics, samples)
+
+
 def _measured(panel: Panel, this: Round, steps: int, tol: Tolerances) -> dict[str, Sample]:
     start = this.eager.start
     samples = measure(
@@ -224,16 +293,24 @@ def _measured(panel: Panel, this: Round, steps: int, tol: Tolerances) -> dict[st
     return samples
 
 
-def _stepped(panel: Panel, run: Run, batch: Batch, step: int, this: Round) -> Stepped:
+def _stepped(
+    panel: Panel,
+    run: Run,
+    batch: Batch,
+    step: int,
+    this: Round | None,
+    hyper: Mapping[str, Any] = MappingProxyType({}),
+) -> Stepped:
     panel.seed_generators(step)
     arguments = (batch,) if isinstance(batch, Mapping) else tuple(batch)
+    finite = this is None or this.eager.finite
     try:
-        result = run.session.step(*arguments)
+        result = run.session.step(*arguments, **hyper)
     except SamExportError:
-        if this.eager.finite or panel.on_nonfinite != "raise":
+        if finite or panel.on_nonfinite != "raise":
             raise
         return Stepped({}, False, dict(run.session.state), run.initial)
-    if not this.eager.finite and panel.on_nonfinite == "raise":
+    if not finite and panel.on_nonfinite == "raise":
         raise ValueError("the step is not finite and semantics say to raise, but no error came")
     metrics = {name: float(getattr(result, name)) for name in METRICS}
     return Stepped(metrics, bool(result.finite), dict(run.session.state), run.initial)

@@ -1,0 +1,178 @@
+"""What is put to the test: sessions over artifacts, each in a process of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sam_export.artifact.folder import Artifact, open_artifact
+from sam_export.artifact.state_file import differences, shapes_of
+from sam_export.parity.artifacts import artifact_for
+from sam_export.parity.child import ChildSession
+from sam_export.parity.oracle import Batch
+from sam_export.parity.rollout import Run
+from sam_export.step.train_step import TrainStep
+from sam_export.tracing.captured_step import CapturedStep
+
+
+@contextmanager
+def built(
+    captured: CapturedStep, target: str, device: str, cache: Path | None, isolate: bool
+) -> Iterator[Run]:
+    """A run over the artifact of a captured step; a failure to build or load is the run's error.
+
+    Args:
+        captured: The step.
+        target: Name of the target.
+        device: Where it runs.
+        cache: Where artifacts are kept, see `artifacts.artifact_for`.
+        isolate: Whether it runs in a process of its own.
+    """
+    run = Run(target, _Nothing())
+    folder: Path | None = None
+    with run.guarded("build"):
+        folder = artifact_for(captured, target, device, cache)
+        run.artifact = folder
+        run.session = _opened(folder, device, isolate, bool(captured.random_ops))
+    try:
+        yield run
+    finally:
+        _close(run)
+        if cache is None and folder is not None:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+@contextmanager
+def existing(
+    name: str, folder: Path, step: TrainStep, device: str, isolate: bool, notes: list[str]
+) -> Iterator[Run]:
+    """A run over an artifact that is there already, with the step's own ``lr`` and ``rho``.
+
+    Args:
+        name: For the report.
+        folder: The artifact.
+        step: What it is compared with.
+        device: Where it runs.
+        isolate: Whether it runs in a process of its own.
+        notes: Gets a line for each thing in which the artifact differs from the step by choice.
+    """
+    run = Run(name, _Nothing())
+    with run.guarded("open"):
+        artifact = open_artifact(folder)
+        notes += [f"{name}: {line}" for line in other_choices(artifact, step)]
+        session = _opened(
+            folder, device, isolate, bool(artifact.details.get("random_ops")), _hyper(step)
+        )
+        run.artifact, run.session = folder, session
+    try:
+        yield run
+    finally:
+        _close(run)
+
+
+def other_choices(artifact: Artifact, step: TrainStep) -> list[str]:
+    """In what an artifact was made for another step than this one, a line for each."""
+    lines = []
+    own, other = step.semantics.to_dict(), artifact.semantics.to_dict()
+    for field in own:
+        if own[field] != other.get(field):
+            lines.append(f"exported with {field}={other.get(field)!r}, the step has {own[field]!r}")
+    base = type(step.optimizer.base_optimizer).__name__
+    if artifact.contract.optimizer != base:
+        lines.append(f"exported with {artifact.contract.optimizer}, the step has {base}")
+    hyper = _hyper(step)
+    for spec in artifact.contract.hyper:
+        wanted = tuple(hyper.get(spec.name, ()))
+        if tuple(spec.defaults) != wanted:
+            lines.append(
+                f"exported with {spec.name} {_listed(spec.defaults)}; compared with "
+                f"{_listed(wanted)}, as the step has it"
+            )
+    state = artifact.state()
+    named = {**dict(step.model.named_parameters()), **dict(step.model.named_buffers())}
+    start = {name: value.detach().cpu().numpy() for name, value in named.items()}
+    specs = [spec for spec in artifact.contract.state if spec.role in ("parameter", "buffer")]
+    unlike = differences(shapes_of(start), specs)
+    if not unlike:
+        moved = [name for name, value in start.items() if not np.array_equal(value, state[name])]
+        if moved:
+            lines.append(
+                f"holds other values of {len(moved)} tensors ({', '.join(moved[:3])}, …); compared "
+                "from where the step is"
+            )
+    return lines
+
+
+def with_unseen_size(batches: Sequence[Batch], num_steps: int) -> list[Batch]:
+    """The batches, and where all are of one size, a smaller one among the first ``num_steps``."""
+    from sam_export.parity.disturb import examples, map_batch
+
+    found = list(batches)
+    sizes = {examples(batch) for batch in found}
+    count = sizes.pop()
+    if sizes or count < 4 or num_steps < 2:
+        return found
+    fewer = count // 2 + 1
+    small = map_batch(found[0], lambda v: v[:fewer] if len(v.shape) and len(v) == count else v)
+    found.insert(min(len(found), num_steps - 1), small)
+    return found
+
+
+class _Nothing:
+    """Stands for a session that could not be made."""
+
+    state: Mapping[str, Any] = {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        raise RuntimeError("there is no session")
+
+    def step(self, *batch: Any) -> Any:
+        raise RuntimeError("there is no session")
+
+
+class _WithHyper:
+    """A session of this process that takes the same hyper-parameters at every step."""
+
+    def __init__(self, session: Any, hyper: Mapping[str, Any]) -> None:
+        self._session, self._hyper = session, dict(hyper)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def step(self, *batch: Any, **hyper: Any) -> Any:
+        return self._session.step(*batch, **{**self._hyper, **hyper})
+
+
+def _opened(
+    folder: Path,
+    device: str,
+    isolate: bool,
+    draws: bool,
+    hyper: Mapping[str, Any] | None = None,
+) -> Any:
+    if isolate:
+        return ChildSession(folder, device, torch.get_num_threads(), draws, hyper)
+    from sam_export.api import load
+
+    session = load(folder, device=device)
+    return _WithHyper(session, hyper) if hyper else session
+
+
+def _close(run: Run) -> None:
+    if isinstance(run.session, ChildSession):
+        run.session.close()
+
+
+def _hyper(step: TrainStep) -> dict[str, list[float]]:
+    groups = step.optimizer.param_groups
+    return {name: [float(group[name]) for group in groups] for name in ("lr", "rho")}
+
+
+def _listed(values: Sequence[float]) -> str:
+    return " / ".join(f"{value:g}" for value in values)
