@@ -114,8 +114,10 @@ class ChildSession:
             self._process.kill()
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
+                # What it did not live to read is still in the pipe's buffer.
+                with suppress(BrokenPipeError):
+                    if stream is not None:
+                        stream.close()
             self._process = None
         if not keep_log:
             self._log.close()

@@ -7,6 +7,7 @@ from its code); where it holds there, the target has to obey it within the bound
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -119,6 +120,8 @@ def _radius(run: Run, panel: Panel, tol: Tolerances) -> Law:
 
 def _base_optimizer(run: Run, panel: Panel, tol: Tolerances) -> Law:
     """With rho = 0 the step is the base optimizer's."""
+    if not _takes_rho(run.session):
+        return _not_applicable("the session takes no rho")
     batch = panel.batch(0)
     with panel.radius(0.0):
         this = panel.lock(panel.start, 0, batch)
@@ -283,6 +286,11 @@ def _spoilt(batch: Batch, number: float) -> tuple[Batch, bool]:
         return tensor
 
     return map_batch(batch, change), spoilt
+
+
+def _takes_rho(session: Any) -> bool:
+    parameters = inspect.signature(session.step).parameters
+    return "rho" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _judged(good: bool, detail: str) -> Law:
