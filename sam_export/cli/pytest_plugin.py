@@ -5,8 +5,8 @@
     def test_my_model(sam_parity):
         sam_parity("recipes.py:my_model", targets=["onnx"])
 
-The fixture ``sam_parity`` fails the test with the parity report. The marker ``sam_parity`` gives its
-defaults to a test, a class or a module: ``@pytest.mark.sam_parity(targets=["onnx"], steps=5)``.
+The fixture ``sam_parity`` fails the test with the parity report. The marker ``sam_parity`` gives
+its defaults to a test, a class or a module: ``@pytest.mark.sam_parity(targets=["onnx"], steps=5)``.
 Artifacts are kept in pytest's cache, so a model that did not change is not built again.
 ``--sam-parity-report DIR`` writes each report there as HTML and JSON.
 """

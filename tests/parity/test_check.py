@@ -266,7 +266,7 @@ def test_noise_is_named() -> None:
     [
         ({"batches": []}, "no batch"),
         ({"num_steps": 0}, "num_steps=0"),
-        ({"sessions": {}, "targets": []}, "no target and no session"),
+        ({"sessions": {}, "targets": []}, "no target, session or artifact"),
         ({"batches": [torch.ones(3, 12)]}, "Batch 0 is a Tensor"),
         ({"batches": [(torch.ones(3, 7), torch.zeros(3, dtype=torch.int64))]}, "Eager itself"),
         ({"targets": ["onnx", "onnx"]}, "Given twice: onnx"),
@@ -332,10 +332,10 @@ def test_progress_is_told() -> None:
         progress=lambda *what: told.append(what),
     )
     assert told == [
-        ("free-running", 1, 2),
-        ("free-running", 2, 2),
-        ("lock-step", 1, 2),
-        ("lock-step", 2, 2),
+        ("x: free-running", 1, 2),
+        ("x: free-running", 2, 2),
+        ("x: lock-step", 1, 2),
+        ("x: lock-step", 2, 2),
     ]
 
 
