@@ -8,14 +8,16 @@ from typing import Any
 from sam_export.cli.console import PhaseBars, stage
 from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
+from sam_export.cli.parity_subjects import add_subjects, checked, parse_targets, subjects
 from sam_export.cli.recipe import add_recipe, first_batches, load_recipe
-from sam_export.runtime.detect import TARGETS, target_status
 
 _EPILOG = """\
 examples:
   sam-export parity models/digits_cnn.py:recipe --targets onnx --steps 20
   sam-export parity models/mlp.py:recipe --targets torch-compile,onnx --json parity.json
   sam-export parity models/mlp.py:recipe --set dtype=float64 --targets torch-compile
+  sam-export parity models/mlp.py:recipe --artifact build/mlp
+  sam-export parity models/mlp.py:recipe --targets onnx --reference loops.py:my_loop
 
 exit codes: 0 equal; 1 different; 2 could not compare
 """
@@ -32,12 +34,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     add_recipe(parser)
-    parser.add_argument(
-        "--targets",
-        default=",".join(TARGETS),
-        metavar="A,B",
-        help=f"which targets, of {', '.join(TARGETS)} (default: all)",
-    )
+    add_subjects(parser)
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add_dynamic(parser)
@@ -47,50 +44,34 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the report, and returns 0 when all is equal."""
-    targets = parse_targets(args.targets)
     dynamic = parse_dynamic(args.dynamic)
     if args.steps < 1:
         raise CommandError(f"--steps {args.steps}: at least 1 is needed.")
-    for target in targets:
-        status = target_status(target)
-        if missing := (*status.export, *status.run):
-            advice = "; ".join(dict.fromkeys(item.install for item in missing))
-            whats = ", ".join(dict.fromkeys(item.what for item in missing))
-            raise CommandError(f"Comparing {target} needs {whats}. Install: {advice}.")
+    if args.targets is not None:
+        checked(parse_targets(args.targets))  # before the recipe, which may take long
     import sam_export
 
     with stage(f"recipe {args.recipe}"):
         step, batches = load_recipe(args.recipe, args.settings)
         taken = first_batches(args.recipe, batches, args.steps)
-    label = f"{args.steps} steps of eager and {', '.join(targets)}"
+    chosen = subjects(args, str(next(step.model.parameters()).dtype))
+    label = (
+        f"{args.steps} steps of eager and {', '.join([*chosen['artifacts'], *chosen['targets']])}"
+    )
     with stage(label, spin=False), PhaseBars() as bars:
         report = sam_export.check_parity(
             step,
             taken,
-            targets=targets,
             num_steps=args.steps,
             device=args.device,
             progress=bars.show,
             dynamic=dynamic,
+            **chosen,
         )
     print(report)
     if args.json:
         report.to_json(args.json)
         print(f"written: {args.json}")
+    if report.interrupted:
+        return 2
     return 0 if report.ok else 1
-
-
-def parse_targets(text: str) -> list[str]:
-    """The targets of a comma-separated list.
-
-    Raises:
-        CommandError: One of them is unknown, or given twice, or there is none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in TARGETS]
-    if not names or unknown or len(set(names)) != len(names):
-        raise CommandError(
-            f"--targets {text!r}: expected names out of {', '.join(TARGETS)}, each once, with "
-            "commas between them."
-        )
-    return names

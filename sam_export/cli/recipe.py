@@ -45,9 +45,20 @@ def load_recipe(name: str, settings: Sequence[str]) -> tuple[TrainStep, Iterable
     Raises:
         CommandError: The recipe cannot be found, fails, or returns something else.
     """
-    keywords = parse_settings(settings)
-    function = load_function(name)
-    returned = call_function(name, function, **keywords)
+    return load_recipe_function(name, parse_settings(settings))
+
+
+def load_recipe_function(name: str, keywords: Mapping[str, Any]) -> tuple[TrainStep, Iterable[Any]]:
+    """`load_recipe` with keyword arguments that are values already."""
+    return checked_recipe(name, call_function(name, load_function(name), **keywords))
+
+
+def checked_recipe(name: str, returned: Any) -> tuple[TrainStep, Iterable[Any]]:
+    """What a recipe returned, which has to be a step and its batches.
+
+    Raises:
+        CommandError: It is something else.
+    """
     from sam_export.step.train_step import TrainStep
 
     if not isinstance(returned, tuple) or len(returned) != 2:

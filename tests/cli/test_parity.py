@@ -46,13 +46,24 @@ def test_exit_code_is_the_verdict(
     monkeypatch.setitem(vars(sam_export), "check_parity", check)
     out = tmp_path / "report.json"
     argv = ["parity", f"{workplace.recipe}:recipe", "--set", "batches=9", "--targets", " onnx"]
-    assert main([*argv, "--steps", "5", "--device", "cuda:1", "--json", str(out)]) == code
+    assert (
+        main([*argv, "--steps", "5", "--device", "cuda:1", "--no-cache", "--json", str(out)])
+        == code
+    )
     assert f"the report: {ok}" in capsys.readouterr().out
     assert json.loads(out.read_text()) == {"ok": ok}
     ((count, keywords),) = calls
     assert count == 5
     del keywords["progress"]
-    assert keywords == {"targets": ["onnx"], "num_steps": 5, "device": "cuda:1"}
+    assert keywords == {
+        "targets": ["onnx"],
+        "artifacts": {},
+        "num_steps": 5,
+        "device": "cuda:1",
+        "dynamic": "batch",
+        "seed": 0,
+        "cache": None,
+    }
 
 
 def test_could_not_compare(
@@ -90,3 +101,97 @@ def test_real_parity_of_the_onnx_target(
     assert main([*argv, "--json", str(out)]) == 0
     assert "onnx" in capsys.readouterr().out
     json.loads(out.read_text())
+
+
+LOOP = """
+import torch
+
+
+def right(model, optimizer):
+    def step(x, y):
+        (group,) = optimizer.param_groups
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in group["params"]]).norm()
+            before = [p.clone() for p in group["params"]]
+            for p in group["params"]:
+                p.add_(group["rho"] * p.grad / norm)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for p, old in zip(group["params"], before):
+                p.copy_(old)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def plain(model, optimizer):
+    def step(x, y):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+"""
+
+
+def test_an_artifact_and_a_loop_of_the_users(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loops.py").write_text(LOOP)
+    argv = ["parity", f"{workplace.recipe}:recipe", "--artifact", str(workplace.artifact)]
+    argv += ["--steps", "3", "--reference"]
+    assert main([*argv, f"{tmp_path / 'loops.py'}:right"]) == 0
+    out = capsys.readouterr().out
+    assert f"{workplace.artifact.name} (CPUExecutionProvider): OK" in out
+    assert "your loop: the same step (3 steps" in out
+    assert main([*argv, f"{tmp_path / 'loops.py'}:plain"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "there is no perturbation: this is the base optimizer alone" in out
+
+
+def test_the_cache_is_used(workplace: Workplace, tmp_path: Path) -> None:
+    argv = ["parity", f"{workplace.recipe}:recipe", "--targets", "onnx", "--steps", "1"]
+    cache = tmp_path / "cache"
+    assert main([*argv, "--cache", str(cache)]) == 0
+    (kept,) = cache.iterdir()
+    before = (kept / "step.onnx").stat().st_ino
+    assert main([*argv, "--cache", str(cache)]) == 0
+    assert (kept / "step.onnx").stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--artifact", "a", "--artifact", "a"], "--artifact is given twice"),
+        (["--reference", "nowhere.py:loop"], "nowhere.py does not exist"),
+        (["--targets", "onyx"], "expected names out of"),
+    ],
+)
+def test_other_requests_are_refused(
+    options: list[str], message: str, workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["parity", f"{workplace.recipe}:recipe", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_is_not_a_verdict(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sam_export.parity import check
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "run_locked", stop)
+    argv = ["parity", f"{workplace.recipe}:recipe", "--targets", "onnx", "--steps", "2"]
+    assert main(argv) == 2
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "interrupted: only what was compared until then is here" in " ".join(out.split())

@@ -78,9 +78,9 @@ def test_an_artifact_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 def test_a_crash_is_named(child: ChildSession, end: signal.Signals, words: str) -> None:
     assert child._process is not None
     os.kill(child._process.pid, end)
+    batch = batches_for("mlp", "float32")[0]
     with pytest.raises(ChildCrash) as raised:
-        for _ in range(100):
-            child.step(*batches_for("mlp", "float32")[0])
+        child.step(*batch)
     assert words in str(raised.value)
 
 
