@@ -18,7 +18,7 @@ class Report:
     """Stands for a `ParityReport`."""
 
     def __init__(self, ok: bool) -> None:
-        self.ok = ok
+        self.ok, self.interrupted = ok, False
 
     def __str__(self) -> str:
         return f"the report: {self.ok}"
