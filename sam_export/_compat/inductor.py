@@ -112,3 +112,17 @@ def compiled(function: Callable[..., Any], varying: str, eager_random: bool) -> 
 def mark_dynamic(tensor: Tensor, dim: int) -> None:
     """Tells Dynamo that a dimension varies from call to call; it has no other name for that."""
     torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def may_vary(tensor: Tensor, dim: int) -> None:
+    """Like `mark_dynamic`, where it is no error if the graph turns out to fix the size."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def compiled_with(module: torch.nn.Module, backend: str) -> Callable[..., Sequence[Tensor]]:
+    """``module`` as one graph under a backend of torch.compile (``eager``, ``aot_eager``, …)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
+        importlib.import_module("torch._inductor.compile_fx")
+    made: Callable[..., Sequence[Tensor]] = torch.compile(module, fullgraph=True, backend=backend)  # type: ignore[assignment]
+    return made

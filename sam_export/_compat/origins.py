@@ -20,6 +20,9 @@ SEQUENCE = "sam_export_sequence"
 LINE = "sam_export_line"
 """Key of the user's source line."""
 
+NUMBER = "sam_export_node"
+"""Key of the name of the captured node, while `numbered` is open."""
+
 
 class ModulePaths:
     """Stamps the nodes of a trace with the module that they come from, backward nodes too.
@@ -107,6 +110,32 @@ def stage_of(node: fx.Node) -> str:
 def line_of(node: fx.Node) -> str:
     """The user's source line that a node of a captured graph comes from; empty when unknown."""
     return str((node.meta.get("custom") or {}).get(LINE, ""))
+
+
+@contextlib.contextmanager
+def numbered(graph: fx.Graph | None) -> Iterator[None]:
+    """While open, what a decomposition makes of each node of ``graph`` carries the node's name.
+
+    Args:
+        graph: Its nodes get the mark, and lose it again. None: nothing happens.
+    """
+    nodes = [] if graph is None else list(graph.nodes)
+    before = [node.meta.get("custom") for node in nodes]
+    for node, custom in zip(nodes, before, strict=True):
+        node.meta["custom"] = {**(custom or {}), NUMBER: node.name}
+    try:
+        yield
+    finally:
+        for node, custom in zip(nodes, before, strict=True):
+            if custom is None:
+                del node.meta["custom"]
+            else:
+                node.meta["custom"] = custom
+
+
+def numbered_as(node: fx.Node) -> str:
+    """Name of the captured node that a node was made for; empty when unknown."""
+    return str((node.meta.get("custom") or {}).get(NUMBER, ""))
 
 
 def stamp_lines(graph: fx.Graph, user_line: Callable[[str], str]) -> None:

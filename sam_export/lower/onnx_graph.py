@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,28 @@ IR_VERSION = 10
 """The newest that onnxruntime-training 1.19.2 loads."""
 
 
+@dataclass
+class Provenance:
+    """Which value of an ONNX graph is which node of the captured one; filled by `onnx_model`.
+
+    It costs time, so only who looks for a difference asks for it. A model is the same with it.
+
+    Attributes:
+        program: The program in the operators that were translated. Its nodes know by
+            `origins.numbered_as` which captured node they were made for.
+        values: Name of an ONNX value to the name of the node of ``program`` that it is.
+    """
+
+    program: torch.export.ExportedProgram | None = None
+    values: dict[str, str] = field(default_factory=dict)
+
+
 def onnx_model(
     program: torch.export.ExportedProgram,
     spec: ProgramSpec,
     contract: StepContract,
     tables: Tables = PORTABLE,
+    provenance: Provenance | None = None,
 ) -> ir.Model:
     """One program as an ONNX model, in standard operators unless ``tables`` have others.
 
@@ -44,9 +62,10 @@ def onnx_model(
     """
     own = {**tables.own_decompositions, **DRAWS_AS_PLACES}
     reasons: dict[Any, str] = {}
-    program = onnx_exporter.decomposed(
-        program, OPSET, tables.forms, tables.decomposed, own, reasons, LoweringError
-    )
+    with origins.numbered(program.graph if provenance else None):
+        program = onnx_exporter.decomposed(
+            program, OPSET, tables.forms, tables.decomposed, own, reasons, LoweringError
+        )
     missing = [(node, "") for node in onnx_exporter.without_form(program, OPSET, tables.forms)]
     missing = [pair for pair in missing if pair[0].target not in reasons]
     missing += [(n, reasons[n.target]) for n in program.graph.nodes if n.target in reasons]
@@ -68,7 +87,11 @@ def onnx_model(
     drawn = draws_as_inputs(model)
     simplify(model)
     _own_outputs(model.graph, spec.inputs, outputs)
+    made = {value: value.name for node in model.graph for value in node.outputs}
     _name(model)
+    if provenance is not None:
+        provenance.program = program
+        provenance.values = {str(value.name): str(name) for value, name in made.items()}
     name_only_what_is_read(model)
     inputs = [value for value in model.graph.inputs if value not in drawn]
     _declare(inputs, contract.inputs_of(spec))
