@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sam_export.cli import parity_self_test
 from sam_export.cli.console import PhaseBars, stage
 from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
@@ -16,6 +17,7 @@ examples:
   sam-export parity models/digits_cnn.py:recipe --targets onnx --steps 20
   sam-export parity models/mlp.py:recipe --targets torch-compile,onnx --json parity.json
   sam-export parity models/mlp.py:recipe --set dtype=float64 --targets torch-compile
+  sam-export parity --self-test --targets onnx
 
 exit codes: 0 equal; 1 different; 2 could not compare
 """
@@ -31,7 +33,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "every parameter, buffer and optimizer slot.",
         epilog=_EPILOG,
     )
-    add_recipe(parser)
+    add_recipe(parser, optional=True)
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="no recipe: put known faults into the targets, and check that each one is found",
+    )
     parser.add_argument(
         "--targets",
         default=",".join(TARGETS),
@@ -57,6 +64,18 @@ def run(args: argparse.Namespace) -> int:
             advice = "; ".join(dict.fromkeys(item.install for item in missing))
             whats = ", ".join(dict.fromkeys(item.what for item in missing))
             raise CommandError(f"Comparing {target} needs {whats}. Install: {advice}.")
+    if args.self_test:
+        if args.recipe is not None:
+            raise CommandError(
+                f"--self-test has models of its own; leave out the recipe {args.recipe!r}, or "
+                "leave out --self-test to compare its step."
+            )
+        return parity_self_test.run(targets, args.json)
+    if args.recipe is None:
+        raise CommandError(
+            "There is nothing to compare: give a RECIPE, such as models/mlp.py:recipe, or "
+            "--self-test to test the check itself."
+        )
     import sam_export
 
     with stage(f"recipe {args.recipe}"):
