@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sam_export.cli import parity_self_test
 from sam_export.cli.console import PhaseBars, stage
 from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
-from sam_export.cli.parity_subjects import add_subjects, checked, parse_targets, subjects
+from sam_export.cli.parity_subjects import (
+    add_subjects,
+    checked,
+    chosen_targets,
+    parse_targets,
+    subjects,
+)
 from sam_export.cli.recipe import add_recipe, first_batches, load_recipe
 
 _EPILOG = """\
@@ -18,6 +25,7 @@ examples:
   sam-export parity models/mlp.py:recipe --set dtype=float64 --targets torch-compile
   sam-export parity models/mlp.py:recipe --artifact build/mlp
   sam-export parity models/mlp.py:recipe --targets onnx --reference loops.py:my_loop
+  sam-export parity --self-test --targets onnx
 
 exit codes: 0 equal; 1 different; 2 could not compare
 """
@@ -33,7 +41,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "every parameter, buffer and optimizer slot.",
         epilog=_EPILOG,
     )
-    add_recipe(parser)
+    add_recipe(parser, optional=True)
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="no recipe: put known faults into the targets, and check that each one is found",
+    )
     add_subjects(parser)
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
@@ -49,6 +62,18 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--steps {args.steps}: at least 1 is needed.")
     if args.targets is not None:
         checked(parse_targets(args.targets))  # before the recipe, which may take long
+    if args.self_test:
+        if args.recipe is not None:
+            raise CommandError(
+                f"--self-test has models of its own; leave out the recipe {args.recipe!r}, or "
+                "leave out --self-test to compare its step."
+            )
+        return parity_self_test.run(chosen_targets(args, "torch.float32"), args.json)
+    if args.recipe is None:
+        raise CommandError(
+            "There is nothing to compare: give a RECIPE, such as models/mlp.py:recipe, or "
+            "--self-test to test the check itself."
+        )
     import sam_export
 
     with stage(f"recipe {args.recipe}"):

@@ -61,7 +61,7 @@ def subjects(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     from sam_export.parity.artifacts import default_cache
 
     keywords: dict[str, Any] = {
-        "targets": _targets(args, dtype),
+        "targets": chosen_targets(args, dtype),
         "artifacts": _named(args.artifacts),
         "seed": args.seed,
         "cache": None if args.no_cache else Path(args.cache) if args.cache else default_cache(),
@@ -71,7 +71,8 @@ def subjects(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     return keywords
 
 
-def _targets(args: argparse.Namespace, dtype: str) -> list[str]:
+def chosen_targets(args: argparse.Namespace, dtype: str) -> list[str]:
+    """``--targets``, or all that this machine can run a model of that dtype on; others are said."""
     if args.targets is not None:
         return checked(parse_targets(args.targets))
     if args.artifacts:

@@ -19,9 +19,9 @@ HELP = (
 )
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments RECIPE and --set."""
-    parser.add_argument("recipe", metavar="RECIPE", help=HELP)
+def add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Adds the arguments RECIPE (None where it is optional and left out) and --set."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?" if optional else None, help=HELP)
     parser.add_argument(
         "--set",
         dest="settings",

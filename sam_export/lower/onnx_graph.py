@@ -19,6 +19,7 @@ from sam_export.lower.onnx_ops.table import Tables
 from sam_export.lower.onnx_passes import simplify
 from sam_export.lower.onnx_random import DRAWS_AS_PLACES, draws_as_inputs
 from sam_export.lower.onnx_refusal import Refusals, refusal
+from sam_export.lower.onnx_sizes import sizes_in_float64
 from sam_export.lower.onnx_training_nodes import name_only_what_is_read
 
 OPSET = 18
@@ -66,6 +67,7 @@ def onnx_model(
         program = onnx_exporter.decomposed(
             program, OPSET, tables.forms, tables.decomposed, own, reasons, LoweringError
         )
+    sizes_in_float64(program)
     missing = [(node, "") for node in onnx_exporter.without_form(program, OPSET, tables.forms)]
     missing = [pair for pair in missing if pair[0].target not in reasons]
     missing += [(n, reasons[n.target]) for n in program.graph.nodes if n.target in reasons]
