@@ -29,7 +29,8 @@ def export(
     Args:
         captured: What `capture` returned.
         path: The folder to make. It appears only when it is complete.
-        target: ``onnx``, ``torchscript``, ``aot-inductor`` or ``torch-compile``.
+        target: ``onnx``, ``onnx-training``, ``ort-artifacts``, ``torchscript``, ``aot-inductor``
+            or ``torch-compile``.
         overwrite: Whether an artifact that is there already may be replaced.
         device: What ``aot-inductor`` compiles for, ``cpu`` or ``cuda``. Artifacts of the other
             targets run on either.
