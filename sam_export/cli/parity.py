@@ -8,6 +8,7 @@ from typing import Any
 from sam_export.cli.console import PhaseBars, stage
 from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
+from sam_export.cli.parity_locate import add_locate, check_locate, failed_steps, run_locate
 from sam_export.cli.recipe import add_recipe, first_batches, load_recipe
 from sam_export.runtime.detect import TARGETS, target_status
 
@@ -42,6 +43,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add_dynamic(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    add_locate(parser)
     return parser
 
 
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Compares, prints the report, and returns 0 when all is equal."""
     targets = parse_targets(args.targets)
     dynamic = parse_dynamic(args.dynamic)
+    check_locate(args.locate)
     if args.steps < 1:
         raise CommandError(f"--steps {args.steps}: at least 1 is needed.")
     for target in targets:
@@ -77,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report.to_json(args.json)
         print(f"written: {args.json}")
+    if args.locate and not report.ok:
+        run_locate(step, taken, failed_steps(report), args.locate, dynamic)
     return 0 if report.ok else 1
 
 
