@@ -9,6 +9,7 @@ from sam_export.cli import parity_self_test
 from sam_export.cli.console import PhaseBars, stage
 from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
+from sam_export.cli.parity_locate import add_locate, check_locate, failed_steps, run_locate
 from sam_export.cli.parity_subjects import (
     add_subjects,
     checked,
@@ -52,12 +53,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add_dynamic(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    add_locate(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the report, and returns 0 when all is equal."""
     dynamic = parse_dynamic(args.dynamic)
+    check_locate(args.locate)
     if args.steps < 1:
         raise CommandError(f"--steps {args.steps}: at least 1 is needed.")
     if args.targets is not None:
@@ -75,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             "--self-test to test the check itself."
         )
     import sam_export
+    from sam_export.parity.subjects import with_unseen_size
 
     with stage(f"recipe {args.recipe}"):
         step, batches = load_recipe(args.recipe, args.settings)
@@ -99,4 +103,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"written: {args.json}")
     if report.interrupted:
         return 2
+    if args.locate and not report.ok:
+        if dynamic == "batch":
+            taken = with_unseen_size(taken, args.steps)
+        run_locate(step, taken, failed_steps(report), args.locate, dynamic)
     return 0 if report.ok else 1

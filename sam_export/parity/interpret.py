@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from sam_export.artifact.contract import ProgramSpec
+from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.errors import ParityError
 from sam_export.runtime.batches import checked_batch
 from sam_export.tracing.captured_step import CapturedStep
@@ -35,6 +35,7 @@ class StepGraph:
 
     Attributes:
         spec: The program's inputs and outputs.
+        start: The start state by name.
         nodes: The nodes of the graph by name, in order.
         sources: Names of the nodes that are given: inputs, constants, and draws from Philox.
         values: Name of every node with a tensor value to that value, in the model's own dtype.
@@ -57,11 +58,17 @@ class StepGraph:
             )
         contract = captured.contract
         self.captured = captured
+        given_state = state or captured.state
         self.spec: ProgramSpec = contract.program("step")
         self.program = captured.programs["step"]
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.program.graph.nodes}
         self.place = {name: place for place, name in enumerate(self.nodes)}
-        given = _given(captured, self.spec, batch, state or captured.state, hyper or {})
+        self.start: dict[str, NDArray[Any]] = {
+            item.name: np.array(given_state[item.name], dtype=item.dtype)
+            for item in contract.state
+            if item.name in given_state
+        }
+        given = _given(captured, self.spec, batch, given_state, hyper or {})
         known = leaves(self.program, list(given.values()))
         drawn = [node.name for node in drawn_nodes(self.program.graph)]
         self.sources = frozenset((*known, *drawn))
@@ -85,6 +92,16 @@ class StepGraph:
     def inputs_by_node(self) -> dict[str, str]:
         """Node of each input to its name in the contract."""
         return {node: name for name, node in self.inputs.items()}
+
+    def next_state(self) -> dict[str, NDArray[Any]]:
+        """Eager's state after the step, by the contract's names; as before if it is not finite."""
+        semantics = self.captured.semantics
+        kept = () if self.is_finite else discarded_if_not_finite(self.spec, semantics)
+        state = dict(self.start)
+        for output, node in self.results.items():
+            if output in self.spec.feeds and output not in kept:
+                state[self.spec.feeds[output]] = np.array(self.values[node].numpy())
+        return state
 
     def start_of(self, name: str) -> Tensor | None:
         """The old value of the state tensor whose new value a node is; None for other nodes."""

@@ -184,7 +184,7 @@ def locate(
     begun = time.perf_counter()
     tol = tolerances or Tolerances()
     _check(target, out)
-    captured = _captured(step, batch, dynamic)
+    captured = captured_of(step, batch, dynamic)
     graph = StepGraph(captured, batch, state, hyper)
     judge = "float64" if graph.judges_in_double else "eager"
     with ExitStack() as stack:
@@ -235,7 +235,8 @@ def _check(target: str, out: str | os.PathLike[str] | None) -> None:
         raise ParityError(f"{out} is there already; give a folder that is yet to be made.")
 
 
-def _captured(step: TrainStep | CapturedStep, batch: Any, dynamic: Dynamic) -> CapturedStep:
+def captured_of(step: TrainStep | CapturedStep, batch: Any, dynamic: Dynamic) -> CapturedStep:
+    """``step`` captured with ``batch``, unless it is already."""
     if isinstance(step, CapturedStep):
         return step
     from sam_export.parity.check import _example
@@ -277,13 +278,7 @@ def _differing(
     from sam_export.runtime.engines import open_session
 
     session = open_session(artifact, "cpu", torch.get_num_threads())
-    session.set_state(
-        {
-            spec.name: graph.values[graph.inputs[spec.name]].numpy()
-            for spec in graph.captured.contract.state
-            if spec.name in graph.inputs
-        }
-    )
+    session.set_state(graph.start)
     arguments = (batch,) if isinstance(batch, Mapping) else tuple(batch)
     result = session.step(*arguments, **{name: list(v) for name, v in (hyper or {}).items()})
     after = session.state

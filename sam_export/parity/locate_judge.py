@@ -155,13 +155,15 @@ def _gap(
     if apart.any():
         index = _index(apart)
         return Gap(name, math.inf, _norm(right, mask), 0.0, index, *_at(own, found, index))
-    noise = max(_norm(run.double().numpy() - right, mask) for run in runs)
-    change = right if start is None else right - start.double().numpy()
-    size, error = _norm(change, mask), _norm(other - right, mask)
+    with np.errstate(invalid="ignore"):  # the difference of two infinities, which is masked
+        noise = max(_norm(run.double().numpy() - right, mask) for run in runs)
+        change = right if start is None else right - start.double().numpy()
+        off = np.where(mask, np.abs(other - right), 0.0)
+    size, error = _norm(change, mask), _norm(off, mask)
     relative = tol.exact if eps[name] < 1e-12 else min(tol.kernel * eps[name], tol.drift)
     floor = max(noise, tol.half_ulp * max(eps[name], _eps_of(runs[0])) * _norm(right, mask))
     bound = max(relative * max(size, floor), tol.factor * floor)
-    index = _index(np.where(mask, np.abs(np.where(mask, other - right, 0.0)), 0.0))
+    index = _index(off)
     return Gap(name, error, size, bound, index, *_at(right, found, index))
 
 

@@ -195,3 +195,35 @@ def test_ctrl_c_is_not_a_verdict(
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert "interrupted: only what was compared until then is here" in " ".join(out.split())
+
+
+def test_locate_goes_to_the_failed_targets(
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A wrong form fails the check and is then found; the exit code is still the check's."""
+    import torch
+
+    from sam_export.lower.onnx_ops.table import FORMS
+    from tests.parity.test_locate import reproduced
+
+    target = torch.ops.aten.tanh_backward.default
+
+    def wrong(gradient: Any, output: Any) -> Any:
+        from onnxscript import opset18 as op
+
+        slope = op.Sub(op.Constant(value_float=1.5), op.Mul(output, output))
+        return op.Mul(gradient, slope)
+
+    wrong.__annotations__ = {}
+    monkeypatch.setitem(FORMS, target, wrong)
+    out = tmp_path / "found"
+    argv = ["parity", f"{workplace.recipe}:recipe", "--targets", "onnx", "--steps", "2"]
+    assert main([*argv, "--locate", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "aten::tanh_backward" in text
+    assert reproduced(str(out / "onnx"))[0] == 1
+    assert main([*argv, "--locate", str(out)]) == 2
+    assert "there already" in capsys.readouterr().err

@@ -24,7 +24,13 @@ from sam_export.lower import torchscript_in_place
 from sam_export.lower.onnx_ops.table import FORMS
 from sam_export.lower.registry import lower
 from sam_export.lower.torchscript_source import GraphWriter
+from sam_export.parity import locate_onnx
+from sam_export.parity.blame import blame
+from sam_export.parity.interpret import StepGraph
 from sam_export.parity.locate import Location, locate
+from sam_export.parity.locate_search import Search
+from sam_export.parity.locate_torch import BACKENDS
+from sam_export.parity.tolerances import Tolerances
 
 
 class Net(nn.Module):
@@ -307,3 +313,60 @@ def test_a_location_is_json(tmp_path: Path) -> None:
 
     location = Location("onnx", "equal")
     assert json.loads(json.dumps(location.to_dict()))["verdict"] == "equal"
+
+
+def test_only_the_optimizer_of_onnx_runtime_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A level of optimization that is wrong: the levels below it agree, and so does the file."""
+    right = locate_onnx.run_model
+
+    def wrong(model: Any, inputs: Any, level: str, is_double: bool) -> Any:
+        results = right(model, inputs, level, is_double)
+        if level in ("EXTENDED", "ALL"):
+            names = [output.name for output in model.graph.output]
+            results = [
+                r * np.float32(1.01) if name == "perturbed_loss" else r
+                for name, r in zip(names, results, strict=True)
+            ]
+        return results
+
+    monkeypatch.setattr(locate_onnx, "run_model", wrong)
+    captured, batch = made()
+    graph = StepGraph(captured, batch)
+    form = locate_onnx.OnnxForm(graph, None, "onnx")
+    piece = Search(graph, form, Tolerances()).find()
+    assert piece is not None
+    assert piece.span == (graph.results["perturbed_loss"],)
+    verdict = blame(graph, form, piece, Tolerances())
+    assert verdict.fault == "ONNX Runtime's optimizer (from level extended on)"
+    assert verdict.ways["BASIC"] is True
+    assert verdict.ways["ALL"] is False
+
+
+@pytest.mark.wide
+def test_a_node_of_three_thousand_is_found_within_two_minutes(tmp_path: Path) -> None:
+    from models.vit import recipe
+
+    step, batches = recipe(optimizer="adam", batch_size=8)
+    captured = sx.capture(step, batches[0])
+    assert len(captured.programs["step"].graph.nodes) > 2800
+    wrong = []
+
+    def change(model: onnx.ModelProto) -> None:
+        adds = [n for n in model.graph.node if n.op_type == "Add" and n.name.startswith("descent/")]
+        adds[len(adds) // 2].op_type = "Sub"
+        wrong.append(adds[len(adds) // 2].name)
+
+    artifact = tampered(captured, tmp_path / "artifact", change)
+    location = locate(captured, "onnx", batches[0], artifact=artifact, out=tmp_path / "found")
+    assert location.verdict == "node"
+    assert location.onnx_nodes == tuple(wrong)
+    assert location.seconds < 120
+    assert reproduced(location.reproduction)[0] == 1
+
+
+@pytest.mark.wide
+def test_inductor_agrees_piece_by_piece() -> None:
+    captured, batch = made()
+    assert locate(captured, "torch-compile", batch).verdict == "equal"
+    assert locate(captured, "torch-compile", batch, backends=BACKENDS).verdict == "equal"
+    assert locate(captured, "aot-inductor", batch).verdict == "equal"

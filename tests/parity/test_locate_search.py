@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sam_export as sx
 from sam_export.parity.interpret import StepGraph, run_nodes
+from sam_export.parity.locate_judge import gaps
 from sam_export.parity.locate_search import Search, direct_readers
 from sam_export.parity.tolerances import Tolerances
 
@@ -132,3 +133,37 @@ def test_a_value_that_is_written_in_another_way_is_passed_over(graph: StepGraph)
     assert piece is not None
     assert piece.span == ("tanh_6",)
     assert result.harmless in ([], ["tanh_2"])
+
+
+def test_infinities_that_eager_has_too_are_no_difference() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.layer(x)
+            return hidden.masked_fill(hidden > 0.3, float("-inf")).softmax(1)
+
+    torch.manual_seed(0)
+    model = Masked()
+    optimizer = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+    batch = (torch.randn(7, 5), torch.randn(7, 5))
+    masked = StepGraph(sx.capture(sx.TrainStep(model, nn.MSELoss(), optimizer), batch), batch)
+    assert any(torch.isinf(value).any() for value in masked.values.values() if value.numel())
+    result = Search(masked, Faulty(masked, lambda _, name, v: v), Tolerances(), whole_first=False)
+    assert result.find() is None
+    infinite = next(
+        name
+        for name, value in masked.values.items()
+        if value.dim() == 2 and value.is_floating_point() and torch.isinf(value).any()
+    )
+
+    def spoil(inside: set[str], name: str, value: Tensor) -> Tensor:
+        return value.clamp(min=-1e30) if name == infinite else value
+
+    form = Faulty(masked, spoil)
+    given = {name: masked.values[name] for name in masked.sources}
+    found = form.run([infinite], given)
+    (gap,) = gaps(masked, given, found, Tolerances())
+    assert gap.is_over
