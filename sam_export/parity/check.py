@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +15,8 @@ import torch
 
 from sam_export.errors import ParityError
 from sam_export.parity.disturb import examples
+from sam_export.parity.failures import chosen as chosen_differences
+from sam_export.parity.ledger import ledger, versions
 from sam_export.parity.oracle import Batch, Oracle
 from sam_export.parity.panel import Panel
 from sam_export.parity.report import ParityReport, TargetReport
@@ -29,24 +29,13 @@ from sam_export.parity.rollout import (
     run_free,
     run_locked,
 )
+from sam_export.parity.series import TensorSeries, series_of
 from sam_export.parity.tolerances import Mode, Tolerances
-from sam_export.parity.verdict import Row, judge_steps, worst_per_step
+from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.dynamic import Dynamic
 
 DEFAULT_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
-
-_PACKAGES = (
-    "sam_export",
-    "torch",
-    "numpy",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-training",
-    "onnxruntime-training-cpu",
-)
 
 
 def check_parity(
@@ -60,6 +49,7 @@ def check_parity(
     tolerances: Tolerances | None = None,
     progress: Progress | None = None,
     dynamic: Dynamic = "batch",
+    command: str | None = None,
 ) -> ParityReport:
     """Compares the step of each target with plain eager PyTorch, by name and by change.
 
@@ -82,6 +72,7 @@ def check_parity(
         progress: Called with a phase, the steps done and the steps to do.
         dynamic: Which sizes stay symbolic in the targets, as `capture` takes it: ``"batch"``, None,
             or per input ``{"x": {0: "batch", 1: "time"}}``. The batches may then differ in them.
+        command: What the report says for repeating the check; None: the call of this function.
 
     Returns:
         The report. A target that cannot be built or run is a failed one, not an error.
@@ -108,6 +99,7 @@ def check_parity(
             runs += built
             run_free(panel, runs, num_steps, tol, tell)
             run_locked(panel, runs, num_steps, tol, tell)
+        facts = {run.name: _facts(run) for run in runs} | {name: {} for name in failures}
         reports = {run.name: _judged(run, panel, tol) for run in runs} | failures
     return ParityReport(
         targets=tuple(reports[name] for name in (*existing, *chosen)),
@@ -117,12 +109,41 @@ def check_parity(
         seed=seed,
         optimizer=type(step.optimizer.base_optimizer).__name__,
         semantics=step.semantics.to_dict(),
-        versions=_versions(),
+        versions=versions(),
         device=device,
         threads=torch.get_num_threads(),
         notes=tuple(panel.notes),
         tolerances=tol,
+        ledger=ledger(seed, step.seed, device, facts),
+        command=command or _call(chosen, existing, num_steps, device, seed, dynamic),
     )
+
+
+def _call(
+    targets: Sequence[str],
+    sessions: Mapping[str, SessionLike],
+    num_steps: int,
+    device: str,
+    seed: int,
+    dynamic: Dynamic,
+) -> str:
+    """The Python call that repeats a check, but for what only the caller has."""
+    given = {"targets": list(targets), "num_steps": num_steps, "device": device, "seed": seed}
+    if dynamic != "batch":
+        given["dynamic"] = dynamic
+    words = [f"{key}={value!r}" for key, value in given.items()]
+    if sessions:
+        words.append(f"sessions={{{', '.join(f'{name!r}: ...' for name in sessions)}}}")
+    return f"sam_export.check_parity(step, batches, {', '.join(words)})"
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What the session says of itself; a given one need not say anything."""
+    provider = getattr(run.session, "provider", None)
+    found: dict[str, Any] = {} if provider is None else {"provider": str(provider)}
+    with run.guarded("reading the session's settings"):
+        found |= getattr(run.session, "facts", {})
+    return found
 
 
 def _check_request(
@@ -226,24 +247,30 @@ def _judged(run: Run, panel: Panel, tol: Tolerances) -> TargetReport:
             note=note)
         for name, note in run.start_problems.items()
     ]  # fmt: skip
-    series = {}
+    worst: dict[Mode, tuple[float, ...]] = {}
+    series: list[TensorSeries] = []
     modes: tuple[tuple[Mode, Any], ...] = (("lock-step", run.locked), ("free-running", run.free))
     for mode, steps in modes:
         tipped = run.tipped if mode == "lock-step" else {}
         judged = judge_steps(steps, roles, mode, panel.dtype, tol, tipped)
         noise = {row.name for row in judged if row.verdict == "noise"}
-        series[mode] = worst_per_step(steps, noise, (*METRICS, "finite"))
+        worst[mode] = worst_per_step(steps, noise, (*METRICS, "finite"))
+        every = rows_per_step(steps, roles, mode, panel.dtype, tol)
+        series += series_of(every, len(steps))
         rows += judged
     provider = getattr(run.session, "provider", None)
+    failed = TargetReport.worst([row for row in rows if row.verdict == "FAIL"])
     return TargetReport(
         name=run.name,
         provider=None if provider is None else str(provider),
         rows=tuple(rows),
-        lock_step=series["lock-step"],
-        free_running=series["free-running"],
+        lock_step=worst["lock-step"],
+        free_running=worst["free-running"],
         error=run.error,
         seconds=run.seconds,
         known_rounding=max(getattr(run.session, "known_rounding", {}).values(), default=0.0),
+        series=tuple(series),
+        differences=chosen_differences(run.described, failed, series, panel.parameters),
     )
 
 
@@ -265,13 +292,3 @@ def _kept_state(runs: Sequence[Run]) -> Iterator[None]:
         for run in given:
             with run.guarded("putting the state back"):
                 run.session.set_state(before[run.name])
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
