@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 from typing import Any
 
 from sam_export.cli.console import PhaseBars, stage
@@ -16,6 +18,7 @@ examples:
   sam-export parity models/digits_cnn.py:recipe --targets onnx --steps 20
   sam-export parity models/mlp.py:recipe --targets torch-compile,onnx --json parity.json
   sam-export parity models/mlp.py:recipe --set dtype=float64 --targets torch-compile
+  sam-export parity models/mlp.py:recipe --targets onnx --html parity.html --markdown parity.md
 
 exit codes: 0 equal; 1 different; 2 could not compare
 """
@@ -42,6 +45,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add_dynamic(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    parser.add_argument("--html", metavar="FILE", help="also write it as one HTML page")
+    parser.add_argument("--markdown", metavar="FILE", help="also write it for a pull request")
     return parser
 
 
@@ -57,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
             advice = "; ".join(dict.fromkeys(item.install for item in missing))
             whats = ", ".join(dict.fromkeys(item.what for item in missing))
             raise CommandError(f"Comparing {target} needs {whats}. Install: {advice}.")
+    for path in filter(None, (args.json, args.html, args.markdown)):
+        if not Path(path).absolute().parent.is_dir():
+            raise CommandError(f"{path} cannot be written: its folder does not exist. Make it.")
     import sam_export
 
     with stage(f"recipe {args.recipe}"):
@@ -72,11 +80,20 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             progress=bars.show,
             dynamic=dynamic,
+            command=shlex.join(["sam-export", *args.argv]),
         )
     print(report)
-    if args.json:
-        report.to_json(args.json)
-        print(f"written: {args.json}")
+    from sam_export.report.parity_html import write_html
+    from sam_export.report.parity_markdown import write_markdown
+
+    for path, write in (
+        (args.json, type(report).to_json),
+        (args.html, write_html),
+        (args.markdown, write_markdown),
+    ):
+        if path:
+            write(report, path)
+            print(f"written: {path}")
     return 0 if report.ok else 1
 
 
