@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Artifact:
         versions: Package name to the version that wrote it.
         details: JSON values that the target tells its engine and the user.
         others: Names of the files that hold no program, beside manifest and state.
+        digests: Name of each file that holds a program to its SHA-256, in hexadecimal.
     """
 
     path: Path
@@ -93,6 +94,7 @@ class Artifact:
     versions: dict[str, str]
     details: dict[str, Any]
     others: tuple[str, ...] = ()
+    digests: dict[str, str] = field(default_factory=dict)
 
     def file(self, program: str) -> Path:
         """Path of a program's file; `ArtifactError` when there is no such program."""
@@ -143,6 +145,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
             for name, entry in manifest.files.items()
             if not entry.programs and name != STATE_FILE
         ),
+        digests={name: entry.sha256 for name, entry in manifest.files.items() if entry.programs},
     )
 
 

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code (see ``sam-export --help``).
     """
     args = make_parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         code = args.run(args)
         sys.stdout.flush()

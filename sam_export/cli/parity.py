@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 from typing import Any
 
 from sam_export.cli import parity_self_test
@@ -27,6 +29,7 @@ examples:
   sam-export parity models/mlp.py:recipe --artifact build/mlp
   sam-export parity models/mlp.py:recipe --targets onnx --reference loops.py:my_loop
   sam-export parity --self-test --targets onnx
+  sam-export parity models/mlp.py:recipe --targets onnx --html parity.html --markdown parity.md
 
 exit codes: 0 equal; 1 different; 2 could not compare
 """
@@ -53,6 +56,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add_dynamic(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    parser.add_argument("--html", metavar="FILE", help="also write it as one HTML page")
+    parser.add_argument("--markdown", metavar="FILE", help="also write it for a pull request")
     add_locate(parser)
     return parser
 
@@ -77,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
             "There is nothing to compare: give a RECIPE, such as models/mlp.py:recipe, or "
             "--self-test to test the check itself."
         )
+    for path in filter(None, (args.json, args.html, args.markdown)):
+        if not Path(path).absolute().parent.is_dir():
+            raise CommandError(f"{path} cannot be written: its folder does not exist. Make it.")
     import sam_export
     from sam_export.parity.subjects import with_unseen_size
 
@@ -95,12 +103,21 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             progress=bars.show,
             dynamic=dynamic,
+            command=shlex.join(["sam-export", *args.argv]),
             **chosen,
         )
     print(report)
-    if args.json:
-        report.to_json(args.json)
-        print(f"written: {args.json}")
+    from sam_export.report.parity_html import write_html
+    from sam_export.report.parity_markdown import write_markdown
+
+    for path, write in (
+        (args.json, type(report).to_json),
+        (args.html, write_html),
+        (args.markdown, write_markdown),
+    ):
+        if path:
+            write(report, path)
+            print(f"written: {path}")
     if report.interrupted:
         return 2
     if args.locate and not report.ok:

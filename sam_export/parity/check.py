@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,9 @@ import torch
 
 from sam_export.errors import ParityError
 from sam_export.parity.disturb import examples
+from sam_export.parity.failures import chosen as chosen_differences
 from sam_export.parity.laws import Law, laws_of_eager, laws_of_target
+from sam_export.parity.ledger import ledger, versions
 from sam_export.parity.oracle import Batch, Oracle
 from sam_export.parity.panel import Panel
 from sam_export.parity.reference import Reference, ReferenceResult, compare_reference
@@ -31,26 +31,15 @@ from sam_export.parity.rollout import (
     run_free,
     run_locked,
 )
+from sam_export.parity.series import TensorSeries, series_of
 from sam_export.parity.subjects import built, existing, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
-from sam_export.parity.verdict import Row, judge_steps, worst_per_step
+from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
 
 DEFAULT_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
-
-_PACKAGES = (
-    "sam_export",
-    "torch",
-    "numpy",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-training",
-    "onnxruntime-training-cpu",
-)
 
 
 def check_parity(
@@ -69,6 +58,7 @@ def check_parity(
     reference: Reference | None = None,
     cache: str | os.PathLike[str] | None = None,
     isolate: bool = True,
+    command: str | None = None,
 ) -> ParityReport:
     """Compares the step of each target with plain eager PyTorch, by name and by change.
 
@@ -103,6 +93,7 @@ def check_parity(
             the graph; None: they are built anew and thrown away.
         isolate: Whether each target runs in a process of its own, so that a crash of a native
             runtime is a failed target.
+        command: What the report says for repeating the check; None: the call of this function.
 
     Returns:
         The report. A target that cannot be built or run is a failed one, not an error. After
@@ -121,12 +112,14 @@ def check_parity(
     if dynamic == "batch":
         batches = with_unseen_size(batches, num_steps)
     done: dict[str, TargetReport] = {}
+    facts: dict[str, dict[str, Any]] = {}
     interrupted = False
     eager: tuple[Law, ...] = ()
     compared: ReferenceResult | None = None
     with _own_generators():
         panel = Panel(lambda: _oracle(step), batches, seed, tol)
-        check = _Check(panel, num_steps, tol, progress or (lambda phase, at, total: None), done)
+        tell = progress or (lambda phase, at, total: None)
+        check = _Check(panel, num_steps, tol, tell, done, facts)
         try:
             eager = laws_of_eager(panel)
             if reference is not None:
@@ -152,6 +145,7 @@ def check_parity(
             interrupted = True
             panel.notes.append("interrupted: only what was compared until then is here")
     for name in names:
+        facts.setdefault(name, {})
         if name not in done:
             done[name] = TargetReport(name, None, (), (), (), "not run: interrupted", 0.0)
     return ParityReport(
@@ -162,7 +156,7 @@ def check_parity(
         seed=seed,
         optimizer=type(step.optimizer.base_optimizer).__name__,
         semantics=step.semantics.to_dict(),
-        versions=_versions(),
+        versions=versions(),
         device=device,
         threads=torch.get_num_threads(),
         notes=tuple(panel.notes),
@@ -170,6 +164,8 @@ def check_parity(
         laws=eager,
         reference=compared,
         interrupted=interrupted,
+        ledger=ledger(seed, step.seed, device, facts),
+        command=command or _call(chosen, names, num_steps, device, seed, dynamic),
     )
 
 
@@ -182,6 +178,7 @@ class _Check:
     tol: Tolerances
     tell: Progress
     done: dict[str, TargetReport]
+    facts: dict[str, dict[str, Any]]
 
     def drive(self, run: Run, reset: bool) -> None:
         """Both rollouts and the laws of one run."""
@@ -190,6 +187,7 @@ class _Check:
             self.tell(f"{run.name}: {phase}", at, total)
 
         laws: tuple[Law, ...] = ()
+        self.facts[run.name] = _facts(run)
         try:
             if run.error is None:
                 begin(run, self.panel, reset)
@@ -203,6 +201,34 @@ class _Check:
             raise
         finally:
             self.done[run.name] = _judged(run, self.panel, self.tol, laws)
+
+
+def _call(
+    targets: Sequence[str],
+    names: Sequence[str],
+    num_steps: int,
+    device: str,
+    seed: int,
+    dynamic: Dynamic,
+) -> str:
+    """The Python call that repeats a check, but for what only the caller has."""
+    given = {"targets": list(targets), "num_steps": num_steps, "device": device, "seed": seed}
+    if dynamic != "batch":
+        given["dynamic"] = dynamic
+    words = [f"{key}={value!r}" for key, value in given.items()]
+    others = [name for name in names if name not in targets]
+    if others:
+        words.append(f"sessions or artifacts={{{', '.join(f'{name!r}: ...' for name in others)}}}")
+    return f"sam_export.check_parity(step, batches, {', '.join(words)})"
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What the session says of itself; a given one need not say anything."""
+    provider = getattr(run.session, "provider", None)
+    found: dict[str, Any] = {} if provider is None else {"provider": str(provider)}
+    with run.guarded("reading the session's settings"):
+        found |= getattr(run.session, "facts", {})
+    return found
 
 
 def _check_request(
@@ -276,26 +302,32 @@ def _judged(run: Run, panel: Panel, tol: Tolerances, laws: tuple[Law, ...] = ())
             note=note)
         for name, note in run.start_problems.items()
     ]  # fmt: skip
-    series = {}
+    worst: dict[Mode, tuple[float, ...]] = {}
+    series: list[TensorSeries] = []
     modes: tuple[tuple[Mode, Any], ...] = (("lock-step", run.locked), ("free-running", run.free))
     for mode, steps in modes:
         tipped = run.tipped if mode == "lock-step" else {}
         judged = judge_steps(steps, roles, mode, panel.dtype, tol, tipped)
         noise = {row.name for row in judged if row.verdict == "noise"}
-        series[mode] = worst_per_step(steps, noise, (*METRICS, "finite"))
+        worst[mode] = worst_per_step(steps, noise, (*METRICS, "finite"))
+        every = rows_per_step(steps, roles, mode, panel.dtype, tol)
+        series += series_of(every, len(steps))
         rows += judged
     provider = getattr(run.session, "provider", None)
+    failed = TargetReport.worst([row for row in rows if row.verdict == "FAIL"])
     return TargetReport(
         name=run.name,
         provider=None if provider is None else str(provider),
         rows=tuple(rows),
-        lock_step=series["lock-step"],
-        free_running=series["free-running"],
+        lock_step=worst["lock-step"],
+        free_running=worst["free-running"],
         error=run.error,
         seconds=run.seconds,
         known_rounding=max(getattr(run.session, "known_rounding", {}).values(), default=0.0),
         laws=laws,
         resumed_after=run.resumed_after,
+        series=tuple(series),
+        differences=chosen_differences(run.described, failed, series, panel.parameters),
     )
 
 
@@ -315,13 +347,3 @@ def _kept_state(run: Run) -> Iterator[Run]:
     finally:
         with run.guarded("putting the state back"):
             run.session.set_state(before)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

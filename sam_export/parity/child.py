@@ -80,6 +80,7 @@ class ChildSession:
         self.provider: str = hello["provider"]
         self.contract: Any = hello["contract"]
         self.known_rounding: dict[str, float] = hello["known_rounding"]
+        self.facts: dict[str, Any] = hello["facts"]
 
     @property
     def state(self) -> dict[str, NDArray[Any]]:
@@ -215,6 +216,7 @@ def serve(folder: str, device: str, requests: IO[bytes], answers: IO[bytes]) -> 
         "provider": session.provider,
         "contract": session.contract,
         "known_rounding": session.known_rounding,
+        "facts": session.facts,
     }
     _send(answers, ("value", hello))
 

@@ -5,24 +5,33 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import re
 import textwrap
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sam_export.errors import ParityError
+from sam_export.parity.difference import Difference
 from sam_export.parity.laws import Law
 from sam_export.parity.reference import ReferenceResult
-from sam_export.parity.tolerances import Tolerances
+from sam_export.parity.series import TensorSeries, growth
+from sam_export.parity.text_file import write_text
+from sam_export.parity.tolerances import Tolerances, reasons
 from sam_export.parity.verdict import Row
 
-FORMAT = 1
-"""Number of the JSON schema that `ParityReport.to_dict` describes."""
+FORMAT = 2
+"""Number of the JSON schema, `docs/parity_report.schema.json`."""
 
+_HEADER = ("tensor", "mode", "step", "change", "error", "relative", "floor", "bound", "verdict")
 _WIDTH = 100
 _SHOWN = 3
 _SHOWN_FAILED = 8
+_FEW_TARGETS = 2
+"""Up to so many targets the table shows its usual number of rows of each; beyond it, fewer."""
+_NUMBERS = re.compile(r"\[\n[-+.\w\s,]+\]")
+"""A list of numbers over many lines, which a file has on one; no string has a line end in it."""
+_LINES = 2
+"""Lines that a list of names may take in the table."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,9 @@ class TargetReport:
         laws: What came of the laws that need no oracle of the same algorithm.
         resumed_after: Free-running: steps after which it went on from a checkpoint in a new
             process; 0: it could not.
+        series: Error of each tensor and metric at each step of each mode.
+        differences: What the tensors that differ look like, the first one first; see
+            `failures.chosen` for which ones.
     """
 
     name: str
@@ -54,6 +66,18 @@ class TargetReport:
     known_rounding: float = 0.0
     laws: tuple[Law, ...] = ()
     resumed_after: int = 0
+    series: tuple[TensorSeries, ...] = ()
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """Where the step goes wrong first: in lock-step if it does there, by step, then stage."""
+        return self.differences[0] if self.differences else None
+
+    @property
+    def growth(self) -> float | None:
+        """Slope of log10 of `free_running` over the steps, in decades per step."""
+        return growth(self.free_running)
 
     @property
     def ok(self) -> bool:
@@ -101,6 +125,8 @@ class ParityReport:
         laws: Those of eager itself: finite differences of its gradients.
         reference: How the user's own loop compares with the step; None where none was given.
         interrupted: Whether the check was stopped in the middle.
+        ledger: All that the numbers may depend on; see `ledger.ledger`.
+        command: What to run to repeat the check.
     """
 
     targets: tuple[TargetReport, ...]
@@ -118,6 +144,8 @@ class ParityReport:
     laws: tuple[Law, ...] = ()
     reference: ReferenceResult | None = None
     interrupted: bool = False
+    ledger: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def ok(self) -> bool:
@@ -130,23 +158,24 @@ class ParityReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a number that is not finite is null.
 
-        Keys: ``format`` (1), ``ok``, ``dtype``, ``num_steps``, ``batch_sizes`` (one per step),
-        ``seed``, ``optimizer``, ``semantics``, ``versions``, ``device``, ``threads``, ``notes``,
-        ``laws`` (objects with ``name``, ``verdict``, ``detail``), ``reference``, ``interrupted``,
-        ``tolerances`` (the fields of `Tolerances`), and ``targets``, a list of objects with
-        ``name``, ``ok``, ``provider``, ``error``, ``seconds``, ``noise`` (tensor names), ``laws``,
-        ``resumed_after``,
-        ``lock_step`` and ``free_running`` (largest relative error of each step), and ``rows``,
-        a list of objects with the fields of `Row`.
+        `docs/parity_report.schema.json` describes them. ``format`` is `FORMAT`; the other keys are
+        ``ok``, the fields of this class, and ``reasons`` (field of `Tolerances` to where its number
+        comes from). ``targets`` has the fields of `TargetReport`, ``ok``, ``noise`` and ``growth``.
         """
         values = {
             "format": FORMAT,
             "ok": self.ok,
             **asdict(self),
             "targets": [
-                {**asdict(target), "ok": target.ok, "noise": list(target.noise)}
+                {
+                    **asdict(target),
+                    "ok": target.ok,
+                    "noise": list(target.noise),
+                    "growth": target.growth,
+                }
                 for target in self.targets
             ],
+            "reasons": reasons(),
         }
         plain = _plain(values)
         assert isinstance(plain, dict)
@@ -158,25 +187,9 @@ class ParityReport:
         Raises:
             ParityError: The file cannot be written.
         """
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        folder = os.path.dirname(os.path.abspath(path))
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=folder, prefix=".parity-", delete=False, encoding="utf-8"
-            ) as file:
-                temporary = file.name
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # temporary files are private, a report is not
-            os.replace(temporary, path)
-        except OSError as error:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
-            raise ParityError(
-                f"The report cannot be written to {os.fspath(path)}: {error.strerror or error}."
-            ) from error
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        text = _NUMBERS.sub(lambda found: " ".join(found.group().split()), text)
+        write_text(path, text)
 
     def __str__(self) -> str:
         sizes = "/".join(str(size) for size in dict.fromkeys(self.batch_sizes))
@@ -188,8 +201,10 @@ class ParityReport:
         lines += [f"FAIL: {law.name}: {law.detail}" for law in self.laws if law.verdict == "FAIL"]
         if self.reference is not None:
             lines += _wrapped(str(self.reference), "your loop: ")
+        few = len(self.targets) <= _FEW_TARGETS
+        header = next((target for target in self.targets if target.rows), None)
         for target in self.targets:
-            lines += ["", *_target_lines(target)]
+            lines += ["", *_target_lines(target, few, few or target is header)]
         lines += ["", *self._legend()]
         return "\n".join(lines)
 
@@ -215,7 +230,7 @@ class ParityReport:
         ]
 
 
-def _target_lines(target: TargetReport) -> list[str]:
+def _target_lines(target: TargetReport, few: bool, header: bool) -> list[str]:
     where = f" ({target.provider})" if target.provider else ""
     verdict = "OK" if target.ok else "FAILED"
     lines = [f"{target.name}{where}: {verdict}, {target.seconds:.1f} s"]
@@ -223,13 +238,15 @@ def _target_lines(target: TargetReport) -> list[str]:
         lines += _wrapped(target.error, "  error: ")
     if not target.rows:
         return lines
-    header = ("tensor", "mode", "step", "change", "error", "relative", "floor", "bound", "verdict")
-    lines.append(_columns(header))
+    if target.first_difference is not None:
+        lines += _difference_lines(target.first_difference)
+    if header:
+        lines.append(_columns(_HEADER))
     failed = target.failed
-    shown = list(failed[:_SHOWN_FAILED])
+    shown = list(failed[: _SHOWN_FAILED if few else _SHOWN])
     for mode in ("lock-step", "free-running"):
         rows = [row for row in target.rows if row.mode == mode and row.verdict != "FAIL"]
-        shown += target.worst(rows)[: _SHOWN if not failed else 0]
+        shown += target.worst(rows)[: 0 if failed else _SHOWN if few else 1]
     lines += [_columns(_cells(row)) for row in shown]
     lines += [f"  {row.name}: {row.note}" for row in shown if row.note]
     counts = {v: sum(row.verdict == v for row in target.rows) for v in ("ok", "noise", "FAIL")}
@@ -249,11 +266,46 @@ def _target_lines(target: TargetReport) -> list[str]:
         text = f"up to {target.known_rounding:.1e} of a change, see its manifest"
         lines += _wrapped(text, "  allowed for the runtime's own rounding: ")
     if target.noise:
-        lines += _wrapped(", ".join(target.noise), "  noise: ")
+        lines += _clipped(target.noise, "  noise: ")
     tipped = {row.name: row.tipped for row in target.rows if row.tipped}
     if tipped:
-        text = ", ".join(f"{name} ({count})" for name, count in tipped.items())
-        lines += _wrapped(text, "  gone when moved a few ulps (steps): ")
+        names = tuple(f"{name} ({count})" for name, count in tipped.items())
+        lines += _clipped(names, "  gone when moved a few ulps (steps): ")
+    return lines
+
+
+def _difference_lines(first: Difference) -> list[str]:
+    where = f"{first.mode} step {first.step}, {first.stage}" if first.step else "start state"
+    lines = _wrapped(f"{where}: {first.name}", "  differs first: ")
+    if first.index is None or first.found is None or first.expected is None:
+        return lines + _wrapped(first.note, "    ")
+    at = f"worst element {list(first.index)}" if first.index else "value"
+    text = f"{at}: {first.found:.6g}, expected {first.expected:.6g}"
+    if first.before is not None:
+        text += f", before {first.before:.6g}"
+    if first.not_finite:
+        text += f"; {first.not_finite} of {first.elements} elements not finite"
+    elif first.relative is not None:
+        unit = "change" if first.stage in ("slots", "parameters", "buffers") else "value"
+        text += f"; error {first.relative:.1e} of the {unit}"
+    if first.elements > 1 and first.cosine is not None and first.length is not None:
+        text += f"; cosine {first.cosine:.6f}, length {first.length:.4g} times eager's"
+    if first.ulp_max is not None and first.ulp_median is not None:
+        median = f", {first.ulp_median:.4g} median" if first.elements > 1 else ""
+        text += f"; ulps: {first.ulp_max:.4g} at most{median}"
+    if first.elements > 1:
+        text += f"; {first.over} of {first.elements} elements over their share of the bound"
+    return lines + _wrapped(text, "    ")
+
+
+def _clipped(names: Sequence[str], first: str) -> list[str]:
+    """Names in a few lines; how many are left out is said."""
+    lines = _wrapped(", ".join(names), first)
+    shown = len(names)
+    while len(lines) > _LINES and shown > 1:
+        shown -= 1
+        text = f"{', '.join(names[:shown])} and {len(names) - shown} more"
+        lines = _wrapped(text, first)
     return lines
 
 

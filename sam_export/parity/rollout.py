@@ -25,6 +25,7 @@ from sam_export.parity.compare import (
     mismatches,
     with_errors,
 )
+from sam_export.parity.failures import Described, describe_start, describe_step
 from sam_export.parity.oracle import Batch
 from sam_export.parity.panel import Panel, Round, Stepped
 from sam_export.parity.tolerances import Tolerances
@@ -68,6 +69,7 @@ class Run:
         artifact: Folder of its artifact, where there is one.
         resumed_after: Steps after which it went on from a checkpoint in a new process; 0: it did
             not.
+        described: What tensors that may differ look like.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Run:
     seconds: float = 0.0
     artifact: Path | None = None
     resumed_after: int = 0
+    described: Described = field(default_factory=dict)
 
     @contextmanager
     def guarded(self, doing: str) -> Iterator[None]:
@@ -115,6 +118,7 @@ def begin(run: Run, panel: Panel, reset: bool) -> None:
             if name not in problems and not np.array_equal(run.initial[name], value):
                 problems[name] = "does not start from eager's value"
         run.start_problems = problems
+        run.described |= describe_start(panel.start, run.initial, problems, panel.parameters)
 
 
 def run_free(
@@ -135,7 +139,12 @@ def run_free(
             if run.error is None:
                 with run.guarded(f"free-running step {step + 1}"):
                     found = _stepped(panel, run, panel.batch(step), step, this)
-                    run.free.append(_compare(panel, run, this, samples, found, step + 1))
+                    compared = _compare(panel, run, this, samples, found, step + 1)
+                    run.free.append(compared)
+                    run.described |= describe_step(
+                        "free-running", step + 1, compared, this, found,
+                        panel.parameters, panel.dtype, tol,
+                    )  # fmt: skip
                     if step + 1 == steps // 2:
                         _resume(run, step + 1)
         progress("free-running", step + 1, steps)
@@ -183,6 +192,10 @@ def run_locked(
                 carried[run.name] = found.state
                 compared = _compare(panel, run, this, samples, found, 1)
                 run.locked.append(compared)
+                run.described |= describe_step(
+                    "lock-step", step + 1, compared, this, found,
+                    panel.parameters, panel.dtype, tol,
+                )  # fmt: skip
                 if this.eager.finite and not run.confirmed:
                     _retest(panel, run, full, again, tol)
         state = this.eager.state
@@ -232,6 +245,7 @@ def _retest(panel: Panel, run: Run, full: State, again: _Again, tol: Tolerances)
         still = over(samples, suspects)
         for name in suspects - still:
             latest[name] = samples[name]
+            run.described.pop((name, "lock-step", again.step + 1), None)
             run.tipped[name] = run.tipped.get(name, 0) + 1
         suspects = still
     run.confirmed = bool(suspects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,3 +59,16 @@ class Tolerances:
         if mode == "free-running":
             return self.drift
         return min(self.kernel * float(np.finfo(dtype).eps), self.drift)
+
+
+def reasons() -> dict[str, str]:
+    """Field of `Tolerances` to where its number comes from, out of the docstring."""
+    text = inspect.cleandoc(Tolerances.__doc__ or "").partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            name, _, line = line.strip().partition(": ")
+        if name:
+            found[name] = f"{found.get(name, '')} {line.strip()}".strip()
+    return found

@@ -103,8 +103,28 @@ def judge_steps(
         tol: The tolerances.
         tipped: Name to number of steps in which a retest cleared a difference.
     """
-    relative = tol.relative(dtype, mode)
     rows = []
+    for name, judged in rows_per_step(steps, roles, mode, dtype, tol).items():
+        if mode == "free-running" and judged[-1].role != "metric":
+            # An early step counts only where it could not be compared, or had to be equal.
+            samples = [steps[row.step - 1][name] for row in judged]
+            strict = [sample.exact or math.isinf(sample.error) for sample in samples]
+            judged = [row for row, s in zip(judged, strict, strict=True) if s] + judged[-1:]
+        worst = max(judged, key=lambda row: (row.badness, row.relative))
+        rows.append(replace(worst, tipped=(tipped or {}).get(name, 0)))
+    return tuple(rows)
+
+
+def rows_per_step(
+    steps: Sequence[Mapping[str, Sample]],
+    roles: Mapping[str, str],
+    mode: Mode,
+    dtype: str,
+    tol: Tolerances,
+) -> dict[str, list[Row]]:
+    """Name to one row for each step that has it, judged as `judge_steps` says."""
+    relative = tol.relative(dtype, mode)
+    rows: dict[str, list[Row]] = {}
     for name in dict.fromkeys(name for step in steps for name in step):
         series = [(index, step[name]) for index, step in enumerate(steps, 1) if name in step]
         role = roles.get(name, "slot" if name.startswith("slot.") else "buffer")
@@ -113,17 +133,11 @@ def judge_steps(
             noises = [max(noises[: index + 1]) for index in range(len(noises))]
         else:
             noises = [pooled(sample, noises, tol) for _, sample in series]
-        judged = [
+        rows[name] = [
             _row(name, role, mode, index, sample, noise, relative, tol)
             for (index, sample), noise in zip(series, noises, strict=True)
         ]
-        if mode == "free-running" and role != "metric":
-            # An early step counts only where it could not be compared, or had to be equal.
-            strict = [sample.exact or math.isinf(sample.error) for _, sample in series]
-            judged = [row for row, s in zip(judged, strict, strict=True) if s] + judged[-1:]
-        worst = max(judged, key=lambda row: (row.badness, row.relative))
-        rows.append(replace(worst, tipped=(tipped or {}).get(name, 0)))
-    return tuple(rows)
+    return rows
 
 
 def _row(

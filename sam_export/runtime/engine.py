@@ -17,6 +17,13 @@ class Engine(Protocol):
     provider: str
     """What really runs the graph (``CPUExecutionProvider``, ``inductor``), for reports."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """JSON values on which its numbers may depend, for reports.
+
+        ``graphs`` (file name to SHA-256) and what the runtime itself says of its settings.
+        """
+
     def bind(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Copies the whole state to the device and makes it the current one."""
 

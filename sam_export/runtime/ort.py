@@ -129,6 +129,24 @@ class OrtEngine:
         """Copies of the named state tensors, on the host."""
         return {name: np.array(self._current[name].numpy()) for name in names}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Hashes of the graphs, and what the step's session says of its settings."""
+        session = self._session("step")
+        options = session.get_session_options()
+        return {
+            "graphs": dict(self._artifact.digests),
+            "providers": session.get_providers(),
+            "provider_options": {
+                name: dict(values) for name, values in session.get_provider_options().items()
+            },
+            "graph_optimization_level": options.graph_optimization_level.name,
+            "disabled_optimizers": self._disabled_optimizers(),
+            "intra_op_num_threads": options.intra_op_num_threads,
+            "inter_op_num_threads": options.inter_op_num_threads,
+            "execution_mode": options.execution_mode.name,
+        }
+
     def to_numpy(self, value: Any) -> NDArray[Any]:
         """A host copy of an ``OrtValue``."""
         return np.array(value.numpy())

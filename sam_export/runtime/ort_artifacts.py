@@ -61,6 +61,17 @@ class OrtArtifactsEngine:
 
     # -- Engine -----------------------------------------------------------------------------------
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Hashes of the graphs, and the settings that the module's sessions were given."""
+        return {
+            "graphs": dict(self._artifact.digests),
+            "graph_optimization_level": self._options.graph_optimization_level.name,
+            "intra_op_num_threads": self._options.intra_op_num_threads,
+            "inter_op_num_threads": self._options.inter_op_num_threads,
+            "execution_mode": self._options.execution_mode.name,
+        }
+
     def bind(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Makes a checkpoint of the whole state, and a module and an optimizer over it.
 

@@ -78,6 +78,14 @@ class Session:
         return self._engine.provider
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What the numbers may depend on: hashes of the graphs, settings of the runtime.
+
+        JSON values; ``graphs`` maps file names to SHA-256, the other keys are the runtime's own.
+        """
+        return self._engine.facts
+
+    @property
     def step_count(self) -> int:
         """Steps run, over saved and restored runs; a step that was skipped as not finite counts."""
         return self._step_count

@@ -47,6 +47,11 @@ class TorchEngine:
         # step, until a large block has been freed once. This one is never written to.
         torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Hashes of the graphs and torch's thread count; see `runtime.engine.Engine`."""
+        return {"graphs": dict(self._artifact.digests), "threads": torch.get_num_threads()}
+
     def to_numpy(self, value: Any) -> NDArray[Any]:
         """A host copy of a tensor."""
         return np.array(value.detach().cpu().numpy())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,9 @@ def test_exit_code_is_the_verdict(
         "seed": 0,
         "cache": None,
     }
+    assert shlex.split(keywords.pop("command"))[:3] == ["sam-export", *argv[:2]]
+    expected = {"targets": ["onnx"], "num_steps": 5, "device": "cuda:1", "dynamic": "batch"}
+    assert keywords == expected
 
 
 def test_could_not_compare(
@@ -227,3 +232,22 @@ def test_locate_goes_to_the_failed_targets(
     assert reproduced(str(out / "onnx"))[0] == 1
     assert main([*argv, "--locate", str(out)]) == 2
     assert "there already" in capsys.readouterr().err
+    page, note = tmp_path / "a page.html", tmp_path / "note.md"
+    more = ["--json", str(out), "--html", str(page), "--markdown", str(note)]
+    assert main([*argv, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "onnx" in printed
+    assert all(f"written: {path}" in printed for path in (out, page, note))
+    values = json.loads(out.read_text())
+    assert shlex.split(values["command"]) == ["sam-export", *argv, *more]
+    assert html.escape(values["command"]) in page.read_text()
+    assert values["command"] in note.read_text()
+
+
+def test_a_folder_that_is_not_there_is_said_before_the_work(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "no" / "parity.html"
+    argv = ["parity", f"{workplace.recipe}:recipe", "--targets", "onnx", "--html", str(path)]
+    assert main(argv) == 2
+    assert f"{path} cannot be written: its folder does not exist" in capsys.readouterr().err

@@ -299,7 +299,7 @@ def test_the_report_is_a_table_and_json(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["parity.json"]
     values = json.loads((tmp_path / "parity.json").read_text())
     assert values == json.loads(json.dumps(report.to_dict()))
-    assert values["format"] == 1
+    assert values["format"] == 2
     assert values["ok"] is False
     assert values["seed"] == 3
     assert values["batch_sizes"] == [16, 16, 7, 16]
