@@ -16,8 +16,7 @@ _EPILOG = """\
 examples:
   sam-export export models/digits_cnn.py:recipe --target onnx --out build/digits
   sam-export export my_package.recipes:resnet --out build/resnet --set depth=18 --set lr=0.1
-  sam-export export models/gpt.py:recipe --out build/gpt \\
-      --dynamic x.0=batch,x.1=time,target.0=batch,target.1=time
+  sam-export export models/gpt.py:recipe --out build/gpt --dynamic x.0=b,x.1=t,target.0=b,target.1=t
   sam-export export models/mlp.py:recipe --target torch-compile --out build/mlp --overwrite
   sam-export export models/mlp.py:recipe --target aot-inductor --device cuda --out build/mlp
 """
@@ -33,7 +32,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     add_recipe(parser)
-    parser.add_argument("--target", choices=list(TARGETS), default="onnx", help="default: onnx")
+    parser.add_argument(
+        "--target",
+        choices=list(TARGETS),
+        default="onnx",
+        metavar="TARGET",
+        help=f"of {', '.join(TARGETS)} (default: onnx)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the artifact in DIR")
     add_dynamic(parser)

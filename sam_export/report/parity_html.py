@@ -12,6 +12,7 @@ from sam_export.parity.report import ParityReport
 from sam_export.parity.text_file import write_text
 from sam_export.report import parity_svg
 from sam_export.report.parity_heat import heat_legend, heat_map
+from sam_export.report.parity_laws import broken_laws, laws_section, reference_sentence
 from sam_export.report.parity_style import STYLE
 from sam_export.report.parity_words import (
     MODE_WORDS,
@@ -85,6 +86,7 @@ def to_html(report: ParityReport | Mapping[str, Any]) -> str:
         _verdict(values),
         _summary(values),
         *(_target(index, target) for index, target in failed_first),
+        laws_section(values),
         _tolerances(values),
         _ledger(values),
         f'<h2 id="again">Run it again</h2><pre><code>{escape(values["command"])}</code></pre>',
@@ -105,6 +107,8 @@ def _verdict(values: Values) -> str:
                 f"<p><b>{escape(target['name'])}</b> differs first {escape(where(first))}: "
                 f'<span class="name">{escape(first["name"])}</span></p>'
             )
+    said = [*broken_laws(values), reference_sentence(values).rstrip(".")]
+    lines += [f"<p>{escape(text)}.</p>" for text in said if text]
     lines += [f"<p>Note: {escape(note)}.</p>" for note in values["notes"]]
     return (
         "<header><h1>Parity of a SAM training step with eager PyTorch</h1>"

@@ -10,6 +10,7 @@ from typing import Any
 
 from sam_export.parity.report import ParityReport
 from sam_export.parity.text_file import write_text
+from sam_export.report.parity_laws import broken_laws, reference_sentence
 from sam_export.report.parity_words import (
     ONLY_FREE,
     Values,
@@ -61,6 +62,8 @@ def to_markdown(report: ParityReport | Mapping[str, Any]) -> str:
         ),
         "",
         f"Largest error relative to the change. {_text(facts_sentence(values))}.",
+        *(f"\n**{_text(text)}**" for text in broken_laws(values)),
+        *(f"\n{_text(text)}" for text in filter(None, [reference_sentence(values)])),
         *(f"\n> {_text(note)}" for note in values["notes"]),
     ]
     for target in values["targets"]:

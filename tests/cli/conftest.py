@@ -78,6 +78,12 @@ def write_data(path: Path, count: int, seed: int) -> None:
     np.savez(path, input=x, target=x[:, :3].argmax(axis=1).astype(np.int64))
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts of parity checks are kept for one test only: some build wrong ones on purpose."""
+    monkeypatch.setenv("SAM_EXPORT_CACHE", str(tmp_path / "parity-cache"))
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """The files; made once, and not to be changed."""

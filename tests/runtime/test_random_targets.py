@@ -138,8 +138,9 @@ def test_fresh_draws_have_the_numbers_of_eager(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_restored_run_goes_on_with_the_same_masks(target: str, tmp_path: Path) -> None:
     """Saved in the middle; restored into a new session of this target, and one of another."""
-    step = drawing(torch.float64)
-    data = [batch(6, torch.float64)] * 4
+    dtype = torch.float32 if target == "ort-artifacts" else torch.float64
+    step = drawing(dtype)
+    data = [batch(6, dtype)] * 4
     captured = sx.capture(step, data[0], return_outputs=True)
     sx.export(captured, tmp_path / "step", target=target)
     session = sx.load(tmp_path / "step", threads=1)
