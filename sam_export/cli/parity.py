@@ -76,6 +76,16 @@ def run(args: argparse.Namespace) -> int:
                 f"--self-test has models of its own; leave out the recipe {args.recipe!r}, or "
                 "leave out --self-test to compare its step."
             )
+        given = {
+            "--set": args.settings,
+            "--artifact": args.artifacts,
+            "--reference": args.reference,
+            "--locate": args.locate,
+            "--html": args.html,
+            "--markdown": args.markdown,
+        }
+        if others := [name for name, value in given.items() if value]:
+            raise CommandError(f"--self-test takes --targets and --json, not {', '.join(others)}.")
         return parity_self_test.run(chosen_targets(args, "torch.float32"), args.json)
     if args.recipe is None:
         raise CommandError(

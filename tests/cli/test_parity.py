@@ -182,6 +182,7 @@ def test_the_cache_is_used(workplace: Workplace, tmp_path: Path) -> None:
         (["--artifact", "a", "--artifact", "a"], "--artifact is given twice"),
         (["--reference", "nowhere.py:loop"], "nowhere.py does not exist"),
         (["--targets", "onyx"], "expected names out of"),
+        (["--self-test"], "--self-test has models of its own"),
     ],
 )
 def test_other_requests_are_refused(

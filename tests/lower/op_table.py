@@ -152,6 +152,12 @@ SCANS = [
 ]  # fmt: skip
 
 SELECTION = [
+    Row("where", lambda x, y: torch.where(x > 0, x, y), [_x(3, 5), _x(5, seed=1)]),
+    Row(
+        "where of bool",
+        lambda x, y: torch.where(x > 0, x > 1, y > 0).to(x) * x,
+        [_x(3, 5), _x(5, seed=1)],
+    ),
     Row("median", lambda x: x.median(), [_x(3, 5)]),
     Row("median.dim", lambda x: x.median(1), [_x(3, 6)]),
     Row("median.dim with NaN", lambda x: x.detach().median(1, True), [_NAN.double()]),

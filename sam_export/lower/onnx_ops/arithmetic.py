@@ -255,3 +255,15 @@ def _product(x: ir.Value, dims: Sequence[int] | None, keepdim: bool, dtype: int 
     if dtype not in (None, -1):
         x = op.Cast(x, to=dtype)
     return op.ReduceProd(x, ints(*axes), keepdims=keep) if axes else op.Identity(x)
+
+
+@lowering("aten::where.self")
+def where(condition: ir.Value, x: ir.Value, y: ir.Value) -> Any:
+    """aten::where.self(Tensor condition, Tensor self, Tensor other) -> Tensor
+
+    ``x`` where the condition holds, else ``y``. ONNX Runtime has no ``Where`` for bool: there it is
+    ``(condition and x) or (not condition and y)``.
+    """
+    if x.dtype != ir.DataType.BOOL:
+        return op.Where(condition, x, y)
+    return op.Or(op.And(condition, x), op.And(op.Not(condition), y))
