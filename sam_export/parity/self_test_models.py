@@ -26,9 +26,9 @@ class ConvNet(nn.Module):
     ``conv1`` has a bias, whose gradient is rounding noise: BatchNorm takes the mean away.
 
     Each channel's largest pixel goes on, not their mean. With a mean, Inductor's right step is
-    reported as different in ``bn1.bias`` (error 4 times the bound): a sum over all pixels whose
-    terms nearly cancel, after the second BatchNorm's own sums, which ATen accumulates in float64
-    and Inductor in float32. That is a known false alarm of the check.
+    reported as different in ``bn1.bias`` (error 4 times the bound): a known false alarm of the
+    check. Probably since it is a sum over all pixels whose terms nearly cancel, after the second
+    BatchNorm's own sums, which ATen accumulates in float64 and Inductor in float32.
     """
 
     def __init__(self) -> None:
