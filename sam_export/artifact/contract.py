@@ -18,8 +18,21 @@ from sam_export.artifact.semantics import Semantics
 from sam_export.errors import ArtifactError
 
 Role = Literal[
-    "parameter", "buffer", "slot", "counter", "rng", "hyper", "input", "target", "metric", "output"
+    "parameter",
+    "buffer",
+    "slot",
+    "counter",
+    "rng",
+    "hyper",
+    "input",
+    "target",
+    "metric",
+    "output",
+    "stage",
 ]
+
+STAGE = "stage."
+"""Prefix of outputs that are gradients or perturbations, of a step captured with its stages."""
 
 NEXT = "next."
 """Prefix of the output that holds the new value of a state tensor."""

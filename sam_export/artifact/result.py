@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ class StepResult:
         finite: Whether both losses and both gradient norms are finite. Scalar bool.
         outputs: The model's output at ``w`` where the step was captured with
             ``return_outputs=True``, else None.
+        stages: Where it was captured with ``stages=True``: ``g.<parameter>``, ``eps.<parameter>``
+            and ``g_adv.<parameter>``.
     """
 
     loss: Any
@@ -64,3 +66,4 @@ class StepResult:
     perturbation_norm: Any
     finite: Any
     outputs: Any = None
+    stages: Mapping[str, Any] = field(default_factory=dict)

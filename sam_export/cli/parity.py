@@ -54,6 +54,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add_subjects(parser)
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="also compare both gradients and the perturbation of every parameter, on an artifact "
+        "of each target that returns them",
+    )
     add_dynamic(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write it as one HTML page")
@@ -114,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
             progress=bars.show,
             dynamic=dynamic,
             command=shlex.join(["sam-export", *args.argv]),
+            stages=args.stages,
             **chosen,
         )
     print(report)

@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from sam_export.artifact.contract import STAGE
 from sam_export.errors import ParityError
 from sam_export.parity.disturb import examples
 from sam_export.parity.failures import chosen as chosen_differences
@@ -39,6 +40,9 @@ from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
 
+STAGED_STEPS = 3
+"""Lock-steps of a target with its stages: each begins at eager's state, so few say all."""
+
 DEFAULT_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
 
 
@@ -58,6 +62,7 @@ def check_parity(
     reference: Reference | None = None,
     cache: str | os.PathLike[str] | None = None,
     isolate: bool = True,
+    stages: bool = False,
     command: str | None = None,
 ) -> ParityReport:
     """Compares the step of each target with plain eager PyTorch, by name and by change.
@@ -93,6 +98,10 @@ def check_parity(
             the graph; None: they are built anew and thrown away.
         isolate: Whether each target runs in a process of its own, so that a crash of a native
             runtime is a failed target.
+        stages: Whether each target is also built with both gradients and the perturbation of every
+            parameter as outputs, and a few lock-steps of that compared, as ``<target>, stages``:
+            they say where a difference begins. The target's own verdict is that of its shipped
+            form, since more outputs change what a runtime fuses.
         command: What the report says for repeating the check; None: the call of this function.
 
     Returns:
@@ -106,7 +115,8 @@ def check_parity(
     """
     given, folders = dict(sessions or {}), dict(artifacts or {})
     chosen = tuple(targets) if targets is not None else () if given or folders else DEFAULT_TARGETS
-    names = (*given, *folders, *chosen)
+    staged = [f"{target}, stages" for target in chosen] if stages else []
+    names = (*given, *folders, *chosen, *staged)
     _check_request(batches, num_steps, chosen, names)
     tol = tolerances or Tolerances()
     if dynamic == "batch":
@@ -131,16 +141,25 @@ def check_parity(
                 with existing(name, Path(folder), step, device, isolate, panel.notes) as run:
                     check.drive(run, reset=True)
             captured = None
+            kept = None if cache is None else Path(cache)
             for target in chosen:
                 if captured is None:
                     check.tell("capture", 0, 1)
                     captured = capture_example(step, batches[0], dynamic)
                     check.tell("capture", 1, 1)
                 check.tell(f"build {target}", 0, 1)
-                kept = None if cache is None else Path(cache)
                 with built(captured, target, device, kept, isolate) as run:
                     check.tell(f"build {target}", 1, 1)
                     check.drive(run, reset=False)
+            if staged:
+                more = Panel(lambda: _oracle(step), batches, seed, tol, stages=True)
+                inner = replace(check, panel=more, num_steps=min(num_steps, STAGED_STEPS))
+                captured = capture_example(step, batches[0], dynamic, stages=True)
+                for target, name in zip(chosen, staged, strict=True):
+                    check.tell(f"build {name}", 0, 1)
+                    with built(captured, target, device, kept, isolate) as run:
+                        run.name = name
+                        inner.drive(run, reset=False, whole=False)
         except KeyboardInterrupt:
             interrupted = True
             panel.notes.append("interrupted: only what was compared until then is here")
@@ -180,8 +199,8 @@ class _Check:
     done: dict[str, TargetReport]
     facts: dict[str, dict[str, Any]]
 
-    def drive(self, run: Run, reset: bool) -> None:
-        """Both rollouts and the laws of one run."""
+    def drive(self, run: Run, reset: bool, whole: bool = True) -> None:
+        """Both rollouts and the laws of one run; or its lock-steps only."""
 
         def tell(phase: str, at: int, total: int) -> None:
             self.tell(f"{run.name}: {phase}", at, total)
@@ -191,9 +210,10 @@ class _Check:
         try:
             if run.error is None:
                 begin(run, self.panel, reset)
-            run_free(self.panel, [run], self.num_steps, self.tol, tell)
+            if whole:
+                run_free(self.panel, [run], self.num_steps, self.tol, tell)
             run_locked(self.panel, [run], self.num_steps, self.tol, tell)
-            if run.error is None:
+            if run.error is None and whole:
                 with run.guarded("laws"):
                     laws = laws_of_target(run, self.panel, self.tol)
         except KeyboardInterrupt:
@@ -275,11 +295,13 @@ def _oracle(step: TrainStep) -> Oracle:
     )
 
 
-def capture_example(step: TrainStep, batch: Batch, dynamic: Dynamic) -> CapturedStep:
+def capture_example(
+    step: TrainStep, batch: Batch, dynamic: Dynamic, stages: bool = False
+) -> CapturedStep:
     """The step, captured with a batch of tensors or arrays."""
     from sam_export.tracing.capture import capture
 
-    return capture(step, _example(step, batch), dynamic=dynamic)
+    return capture(step, _example(step, batch), dynamic=dynamic, stages=stages)
 
 
 def _example(step: TrainStep, batch: Batch) -> Any:
@@ -297,6 +319,7 @@ def _example(step: TrainStep, batch: Batch) -> Any:
 def _judged(run: Run, panel: Panel, tol: Tolerances, laws: tuple[Law, ...] = ()) -> TargetReport:
     roles = dict.fromkeys(panel.parameters, "parameter")
     roles |= dict.fromkeys((*METRICS, "finite"), "metric")
+    roles |= {name: "stage" for at in run.locked for name in at if name.startswith(STAGE)}
     rows = [
         Row(name, roles.get(name, "state"), "start", 0, 0.0, math.inf, 0.0, math.inf, 0.0, "FAIL",
             note=note)

@@ -173,6 +173,7 @@ class ChildResult:
         self.grad_norm: float = values["grad_norm"]
         self.perturbation_norm: float = values["perturbation_norm"]
         self.finite: bool = values["finite"]
+        self.stages: dict[str, NDArray[Any]] = values["stages"]
 
 
 def _as_arrays(value: Any) -> Any:
@@ -225,7 +226,11 @@ def serve(folder: str, device: str, requests: IO[bytes], answers: IO[bytes]) -> 
             sys.modules["torch"].manual_seed(seed)
         result = session.step(*batch, **hyper)
         names = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm")
-        return {**{n: float(getattr(result, n)) for n in names}, "finite": bool(result.finite)}
+        return {
+            **{n: float(getattr(result, n)) for n in names},
+            "finite": bool(result.finite),
+            "stages": {name: np.asarray(value) for name, value in result.stages.items()},
+        }
 
     def peak_memory() -> int:
         import resource

@@ -14,14 +14,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sam_export.artifact.contract import STAGE
 from sam_export.parity.tolerances import Mode
 
 Stage = Literal[
     "start",
     "loss",
+    "gradients",
     "grad_norm",
+    "perturbations",
     "perturbation_norm",
     "perturbed_loss",
+    "adversarial gradients",
     "finite",
     "slots",
     "parameters",
@@ -31,15 +35,24 @@ Stage = Literal[
 STAGES: tuple[Stage, ...] = (
     "start",
     "loss",
+    "gradients",
     "grad_norm",
+    "perturbations",
     "perturbation_norm",
     "perturbed_loss",
+    "adversarial gradients",
     "finite",
     "slots",
     "parameters",
     "buffers",
 )
 """In the order in which a step computes them: the first one that differs is where to look."""
+
+INNER_STAGES: tuple[Stage, ...] = ("gradients", "perturbations", "adversarial gradients")
+"""Those that only a step captured with its stages returns."""
+
+_INNER: dict[str, Stage] = dict(zip(("g", "eps", "g_adv"), INNER_STAGES, strict=True))
+"""Kind of an output of a step captured with its stages to the stage that it is."""
 
 _MODES: tuple[Mode, ...] = ("start", "lock-step", "free-running")
 """Lock-step before free-running: there a step cannot have its error from an earlier one."""
@@ -112,7 +125,9 @@ def stage_of(name: str, parameters: Collection[str], mode: Mode) -> Stage:
     """The part of the step that computes a tensor or metric."""
     if mode == "start":
         return "start"
-    for stage in STAGES[1:6]:
+    if name.startswith(STAGE):
+        return _INNER[name.split(".")[1]]
+    for stage in STAGES[1:9]:
         if name == stage:
             return stage
     if name.startswith("slot."):

@@ -80,6 +80,7 @@ class MutatedStep(TrainStep):
         at: Callable[[str], None] = lambda stage: None,
         watch: Callable[[Tensor], None] = lambda loss: None,
         draws: Draws | None = None,
+        stages: dict[str, Tensor] | None = None,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """`TrainStep.pure`, with the selected fault."""
         faults = Faults(self._kind, buffers[SELECTOR], values)
@@ -90,7 +91,7 @@ class MutatedStep(TrainStep):
         self._faults = faults
         try:
             passes, updated, new_slots = super().pure(
-                parameters, buffers, given, hyper, layout, values, at, watch, draws
+                parameters, buffers, given, hyper, layout, values, at, watch, draws, stages
             )
         finally:
             self._faults = None

@@ -86,6 +86,9 @@ class Oracle:
         self.norm_over = "all"
         """``"tensor"``: each parameter is perturbed by ``rho``, with the norm of its own gradient;
         no step of ours is that, but loops of users are."""
+        self.keeps_stages = False
+        """Whether a snapshot holds the gradients and perturbations of the last step."""
+        self.stages: dict[str, Tensor] = {}
         self.is_double = False
         self.without_gradient: set[str] = set()
         """Parameters to which the last step gave no gradient: frozen, unused, or not optimized."""
@@ -154,6 +157,9 @@ class Oracle:
         buffers_at_start = [buffer.clone() for buffer in buffers]
         generators = self._generators()
 
+        stages: dict[str, Tensor] = {}
+        name_of: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+
         # First pass, at w.
         self._zero_grad()
         with self._drawing(0) as draws:
@@ -179,6 +185,9 @@ class Oracle:
                         old.append((p, p.clone()))
                         perturbations.append(e)
                         p.add_(e)
+                        if self.keeps_stages:
+                            stages[f"g.{name_of[p]}"] = p.grad.clone()
+                            stages[f"eps.{name_of[p]}"] = p - old[-1][1]
             perturbation_norm = _norm(perturbations)
 
         # Second pass, at w + eps.
@@ -192,8 +201,13 @@ class Oracle:
             for p, value in old:
                 p.copy_(value)
             self.without_gradient = self._without_gradient()
+            if self.keeps_stages:
+                stages |= {
+                    f"g_adv.{name_of[p]}": p.grad.clone() for p, _ in old if p.grad is not None
+                }
             scalars = (loss, perturbed_loss, grad_norm, self._grad_norm())
             finite = all(bool(torch.isfinite(value)) for value in scalars)
+            self.stages = stages if finite else {}
             if not finite and self.on_nonfinite != "ignore":
                 self._put_back(buffers, buffers_at_start)
             else:
@@ -267,6 +281,7 @@ class Oracle:
         state = {name: _array(value) for name, value in named.items()}
         if self.is_counting:
             state |= {"rng.seed": np.array(self.seed), "counter.step": np.array(self.step_count)}
+        state |= {f"stage.{name}": _array(value) for name, value in self.stages.items()}
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):

@@ -81,17 +81,24 @@ class Panel:
         batches: As the user gave them; they are cycled.
         seed: Of the permutations and of torch's generators before each step.
         tol: How many disturbed runs.
+        stages: Whether states hold the gradients and perturbations of the step, too.
 
     Raises:
         ParityError: Eager itself cannot run the step.
     """
 
     def __init__(
-        self, make: Callable[[], Oracle], batches: Sequence[Batch], seed: int, tol: Tolerances
+        self,
+        make: Callable[[], Oracle],
+        batches: Sequence[Batch],
+        seed: int,
+        tol: Tolerances,
+        stages: bool = False,
     ) -> None:
         self.batches = batches
         self.seed = seed
         self.tolerances = tol
+        self.stages = stages
         self.permutations = tol.permutations
         self.notes: list[str] = []
         try:
@@ -108,6 +115,7 @@ class Panel:
         def made() -> Oracle:
             oracle = make()
             oracle.is_counting = own
+            oracle.keeps_stages = stages
             return oracle
 
         self._make = made

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sam_export.artifact.contract import STAGE
 from sam_export.errors import ParityError, SamExportError
 from sam_export.parity.compare import (
     Sample,
@@ -189,7 +190,7 @@ def run_locked(
                 full = _fitted(state, carried[run.name])
                 run.session.set_state(full)
                 found = _stepped(panel, run, batch, step, this)
-                carried[run.name] = found.state
+                carried[run.name] = _kept(found.state)
                 compared = _compare(panel, run, this, samples, found, 1)
                 run.locked.append(compared)
                 run.described |= describe_step(
@@ -198,7 +199,7 @@ def run_locked(
                 )  # fmt: skip
                 if this.eager.finite and not run.confirmed:
                     _retest(panel, run, full, again, tol)
-        state = this.eager.state
+        state = _kept(this.eager.state)
         progress("lock-step", step + 1, steps)
 
 
@@ -327,7 +328,10 @@ def _stepped(
     if not finite and panel.on_nonfinite == "raise":
         raise ValueError("the step is not finite and semantics say to raise, but no error came")
     metrics = {name: float(getattr(result, name)) for name in METRICS}
-    return Stepped(metrics, bool(result.finite), dict(run.session.state), run.initial)
+    state = dict(run.session.state)
+    if panel.stages and bool(result.finite):
+        state |= {STAGE + name: np.asarray(value) for name, value in result.stages.items()}
+    return Stepped(metrics, bool(result.finite), state, run.initial)
 
 
 def _compare(
@@ -365,6 +369,11 @@ def _compared(run: Run, state: State, eager: State) -> State:
         else ()
     )
     return {name: value for name, value in state.items() if name not in own or name in eager}
+
+
+def _kept(state: State) -> State:
+    """Without what is of one step only."""
+    return {name: value for name, value in state.items() if not name.startswith(STAGE)}
 
 
 def _fitted(state: State, full: State) -> dict[str, NDArray[Any]]:

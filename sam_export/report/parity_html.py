@@ -34,7 +34,13 @@ from sam_export.report.parity_words import (
     where,
 )
 
-_GROUPS = {"metric": "metrics", "slot": "slots", "parameter": "parameters", "buffer": "buffers"}
+_GROUPS = {
+    "metric": "metrics",
+    "slot": "slots",
+    "parameter": "parameters",
+    "buffer": "buffers",
+    "stage": "gradients and perturbations",
+}
 """Role to the line of a drift plot that it belongs to."""
 
 _ROWS = 2000

@@ -78,6 +78,7 @@ svg polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 .l1 polyline{stroke:var(--red);stroke-dasharray:7 3}.l1 circle,.l1 text{fill:var(--red)}
 .l2 polyline{stroke:var(--green);stroke-dasharray:2 3}.l2 circle,.l2 text{fill:var(--green)}
 .l3 polyline{stroke:var(--pink);stroke-dasharray:9 3 2 3}.l3 circle,.l3 text{fill:var(--pink)}
+.l4 polyline{stroke:var(--ink);stroke-dasharray:2 5}.l4 circle,.l4 text{fill:var(--ink)}
 svg .within{fill:var(--blue)}svg .over{fill:var(--red)}
 .swatch{width:28px;height:10px;vertical-align:middle}
 ul.legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 16px;padding:0;margin:8px 0;

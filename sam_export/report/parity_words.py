@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sam_export.errors import ParityError
-from sam_export.parity.difference import STAGES, stage_of
+from sam_export.parity.difference import INNER_STAGES, STAGES, stage_of
 from sam_export.parity.report import FORMAT, ParityReport
 
 Values = Mapping[str, Any]
@@ -180,7 +180,7 @@ def ratios(series: Values) -> list[float | None]:
 
 def stage_states(target: Values, difference: Values) -> list[tuple[str, str]]:
     """Each stage of a step with ``differs``, ``ok`` or ``none`` (nothing compared) at the step of
-    a difference."""
+    a difference. Gradients and perturbations are there where a target returns them."""
     roles = {row["name"]: row["role"] for row in target["rows"]}
     parameters = {name for name, role in roles.items() if role == "parameter"}
     seen: dict[str, bool] = {}
@@ -193,7 +193,8 @@ def stage_states(target: Values, difference: Values) -> list[tuple[str, str]]:
             stage = stage_of(series["name"], parameters, series["mode"])
             seen[stage] = seen.get(stage, False) or ratio > 1.0
     words = {True: "differs", False: "ok", None: "none"}
-    return [(stage, words[seen.get(stage)]) for stage in STAGES if stage != "start"]
+    shown = [s for s in STAGES if s != "start" and (s in seen or s not in INNER_STAGES)]
+    return [(stage, words[seen.get(stage)]) for stage in shown]
 
 
 def counts(rows: Sequence[Values]) -> dict[str, int]:

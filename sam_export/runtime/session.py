@@ -14,6 +14,7 @@ from sam_export.artifact.contract import (
     HYPER,
     METRICS,
     SEED,
+    STAGE,
     STEP,
     ProgramSpec,
     StepContract,
@@ -295,7 +296,13 @@ class Session:
 
         names = _outputs(program)
         outputs = unflatten(self.contract.output_tree, list(map(value, names))) if names else None
-        return StepResult(**{name: value(name) for name in METRICS}, outputs=outputs)
+        stages = {
+            spec.name.removeprefix(STAGE): value(spec.name)
+            for spec in program.outputs
+            if spec.role == "stage"
+        }
+        metrics = {name: value(name) for name in METRICS}
+        return StepResult(**metrics, outputs=outputs, stages=stages)
 
     def _set_hyper(self, values: Mapping[str, tuple[float, ...]]) -> None:
         self._hyper = dict(values)

@@ -85,6 +85,7 @@ def two_passes(
     rho: Sequence[float | Tensor],
     semantics: Semantics,
     at: Callable[[str], None] = lambda stage: None,
+    stages: dict[str, Tensor] | None = None,
 ) -> Passes:
     """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
 
@@ -105,6 +106,9 @@ def two_passes(
         semantics: Which pass updates the buffers, and whether decay is ascended.
         at: Told the name of each stage (``ascent``, ``perturb``, ``descent``, ``check``) before it
             begins.
+        stages: Gets what is otherwise only on the way, by name: ``g.<parameter>`` (what is
+            ascended), ``eps.<parameter>`` (``(w + eps) - w`` as it was computed) and
+            ``g_adv.<parameter>``.
 
     Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
     """
@@ -139,6 +143,10 @@ def two_passes(
         perturbation_norm = torch.linalg.vector_norm(
             norms * torch.stack([scale_of[name] for name in gradients]).to(norms)
         )
+    if stages is not None:
+        for name, gradient in gradients.items():
+            stages[f"g.{name}"] = gradient
+            stages[f"eps.{name}"] = perturbed[name] - parameters[name]
     del gradients
 
     at("descent")
@@ -147,6 +155,8 @@ def two_passes(
     else:
         descent_buffers = {name: value.clone() for name, value in ascent_buffers.items()}
     perturbed_loss, gradients, _ = _gradient(objective, perturbed, descent_buffers, names)
+    if stages is not None:
+        stages |= {f"g_adv.{name}": gradient for name, gradient in gradients.items()}
     at("check")
     finite = (
         torch.isfinite(loss)

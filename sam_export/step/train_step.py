@@ -155,6 +155,7 @@ class TrainStep(nn.Module):
         at: Callable[[str], None] = lambda stage: None,
         watch: Callable[[Tensor], None] = lambda loss: None,
         draws: Draws | None = None,
+        stages: dict[str, Tensor] | None = None,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """The whole step as a function of its arguments; changes nothing.
 
@@ -168,6 +169,7 @@ class TrainStep(nn.Module):
             at: Told the name of each stage before it begins.
             watch: Shown the loss of each pass before it is differentiated.
             draws: Where random numbers come from; None: torch's generators.
+            stages: Gets gradients and perturbations by name, as `two_passes` has them.
 
         Returns:
             Both passes (losses, norms, new buffers), the new parameters and the new slots. They
@@ -201,6 +203,7 @@ class TrainStep(nn.Module):
                 list(hyper["rho"].unbind()),
                 self.semantics,
                 at=begin,
+                stages=stages,
             )
             begin("update")
             names = [list(group.names) for group in groups]

@@ -17,6 +17,7 @@ from sam_export.artifact.contract import (
     METRICS,
     NEXT,
     SEED,
+    STAGE,
     STEP,
     HyperSpec,
     ProgramSpec,
@@ -52,6 +53,7 @@ def capture(
     *,
     return_outputs: bool = False,
     portable: bool = True,
+    stages: bool = False,
 ) -> CapturedStep:
     """Traces one whole SAM step into one functional ATen graph.
 
@@ -66,6 +68,9 @@ def capture(
         return_outputs: Whether the step also returns the model's output at ``w``.
         portable: True keeps to operators that every target can express (the math form of
             attention, no CPU-only fused kernels); False keeps eager's own kernels.
+        stages: Whether the step also returns both gradients and the perturbation of every
+            parameter, to see where a difference begins: ``StepResult.stages``. They change what a
+            runtime fuses, so a verdict is taken without them.
 
     Returns:
         The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``.
@@ -86,7 +91,7 @@ def capture(
     values = at_least_two(values, dims)
     with _kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
-        return _Capture(step, layout, values, dims, state, return_outputs, portable).run()
+        return _Capture(step, layout, values, dims, state, return_outputs, portable, stages).run()
 
 
 Produced = tuple[str, Role, Tensor]
@@ -105,6 +110,7 @@ class _Capture:
         state: StateLayout,
         return_outputs: bool,
         portable: bool,
+        stages: bool,
     ) -> None:
         self.step = step
         self.layout = layout
@@ -113,6 +119,7 @@ class _Capture:
         self.state = state
         self.return_outputs = return_outputs
         self.portable = portable
+        self.stages = stages
         groups = step.optimizer.param_groups
         self.hyper = tuple(
             HyperSpec(name, tuple(float(group[name]) for group in groups)) for name in ("lr", "rho")
@@ -200,6 +207,7 @@ class _Capture:
         paths = origins.ModulePaths(self.step.model)
         draws = self._draws(given, same=self.step.semantics.randomness == "same")
         parameters, buffers = self.state.split(given)
+        stages: dict[str, Tensor] | None = {} if self.stages else None
         with paths.recording():
             passes, updated, slots = self.step.pure(
                 parameters,
@@ -211,10 +219,12 @@ class _Capture:
                 at=paths.at,
                 watch=paths.watch,
                 draws=draws,
+                stages=stages,
             )
         result: list[Produced] = [(name, "metric", getattr(passes, name)) for name in METRICS]
         if self.return_outputs:
             result += [(name, "output", leaf) for name, leaf in tree.flatten(passes.outputs)[0]]
+        result += [(STAGE + name, "stage", value) for name, value in (stages or {}).items()]
         after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
         if draws is not None:
             after |= {SEED: given[SEED], STEP: given[STEP] + 1}

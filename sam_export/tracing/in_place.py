@@ -50,7 +50,9 @@ def in_place(
                 values.append(new.clone())
         # A model may return its own state, which the writes below change.
         kept = [
-            results[index].clone() if spec.outputs[index].role == "output" else results[index]
+            results[index].clone()
+            if spec.outputs[index].role in ("output", "stage")
+            else results[index]
             for index in reported
         ]
         for (_, position, _), value in zip(written, values, strict=True):

@@ -65,6 +65,7 @@ def test_exit_code_is_the_verdict(
         "device": "cuda:1",
         "dynamic": "batch",
         "seed": 0,
+        "stages": False,
         "cache": None,
     }
 

@@ -110,8 +110,9 @@ def test_expected_is_rounded_to_the_dtype_first() -> None:
 
 
 def test_stages_are_in_the_order_of_the_computation() -> None:
-    names = ["bn.running_mean", "w", "slot.momentum_buffer.w", "finite", "perturbed_loss",
-             "perturbation_norm", "grad_norm", "loss"]  # fmt: skip
+    names = ["bn.running_mean", "w", "slot.momentum_buffer.w", "finite", "stage.g_adv.w",
+             "perturbed_loss", "perturbation_norm", "stage.eps.w", "grad_norm", "stage.g.w",
+             "loss"]  # fmt: skip
     found = [stage_of(name, {"w"}, "lock-step") for name in reversed(names)]
     assert found == list(STAGES[1:])
     assert stage_of("w", {"w"}, "start") == "start"
