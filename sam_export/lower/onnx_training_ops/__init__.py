@@ -15,9 +15,9 @@ portable one. **Not used**, and why:
 - ``AdamOptimizer``, ``AdamWOptimizer``: keep the betas and ``1 - beta^t`` in float32; torch, and
   the portable update, keep them in float64 (they differ by 1.3e-5 of the moments).
 - ``ReduceAllL2`` 0.086 against 0.106 for all of a small GPT: 0.03 % of its step.
-  ``SGDOptimizer`` 0.036 against 0.057 for 262,144 weights: 2 % of an MLP's step, less elsewhere, for
-  which the traced update would have to be recognized. ``SoftmaxCrossEntropyLossGrad``: three
-  operators of a loss, 0.2 % of a small GPT's step.
+  ``SGDOptimizer`` 0.036 against 0.057 for 262,144 weights: 2 % of an MLP's step, less elsewhere,
+  for which the traced update would have to be recognized. ``SoftmaxCrossEntropyLossGrad``: the
+  loss is about 0.2 % of a small GPT's step.
 - ``IsAllFinite``: no CPU kernel. ``LSTMGrad``, ``GRUGrad``: no CUDA kernel.
 """
 
