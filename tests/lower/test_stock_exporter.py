@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_export.lower import onnx_graph
+from sam_export.lower.onnx_ops.table import Tables
 from tests.lower.onnx_cases import check, randn, with_gradients
 
 CLASSES = torch.tensor([1, 0, 3, 2, 2, 1])
@@ -45,9 +45,7 @@ def test_with_our_table() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph, "FORMS", {})
-    monkeypatch.setattr(onnx_graph, "DECOMPOSED", [])
-    monkeypatch.setattr(onnx_graph, "OWN_DECOMPOSITIONS", {})
+def test_without_it(name: str) -> None:
+    nothing = Tables(forms={}, decomposed=[], own_decompositions={})
     with pytest.raises(AssertionError):
-        check(**{name: (with_gradients(CASES[name][0]), inputs(name))})
+        check(None, nothing, **{name: (with_gradients(CASES[name][0]), inputs(name))})

@@ -29,12 +29,12 @@ def test_switches_are_read_and_not_assumed(monkeypatch: pytest.MonkeyPatch) -> N
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
         torch.use_deterministic_algorithms(True)
-        now = ledger(3, 7, "cpu", {})["numerics"]
+        # As a context, since `torch.testing` forbids to set the flag for good.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            now = ledger(3, 7, "cpu", {})["numerics"]
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(False)
     assert (numerics["float32_matmul_precision"], now["float32_matmul_precision"]) == (
         precision,
