@@ -82,7 +82,11 @@ def artifact_for(captured: CapturedStep, target: str, device: str, cache: Path |
     built_for = device_to_build_for(target, device)
     if cache is None:
         folder = Path(tempfile.mkdtemp(prefix="sam_export-parity-"))
-        return export(captured, folder / "step", target=target, device=built_for).path
+        try:
+            return export(captured, folder / "step", target=target, device=built_for).path
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     place = cache / f"{target}-{_key(captured, target, built_for)}"
     try:
         open_artifact(place)  # checks every file against its digest

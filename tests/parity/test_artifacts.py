@@ -48,6 +48,15 @@ def test_what_is_kept_is_used_again_and_not_if_damaged(tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_refused_target_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(sx.LoweringError):
+        artifacts.artifact_for(captured_mlp(), "tflite", "cpu", None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "KEPT", 1)
     first = artifacts.artifact_for(captured_mlp(), "onnx", "cpu", tmp_path)
