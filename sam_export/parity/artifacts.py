@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,10 +23,14 @@ import torch
 from sam_export.artifact.folder import open_artifact
 from sam_export.artifact.machine import instruction_set
 from sam_export.errors import ArtifactError
+from sam_export.runtime.detect import installed_version
 from sam_export.tracing.captured_step import CapturedStep
 
 KEPT = 24
 """Artifacts that are kept at most; those unused for longest go."""
+
+_OURS = re.compile(r"[a-z-]+-[0-9a-f]{32}")
+"""Names of the cache's folders: target and key."""
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "flatbuffers")
 
@@ -109,14 +113,15 @@ def artifact_for(captured: CapturedStep, target: str, device: str, cache: Path |
 
 def _key(captured: CapturedStep, target: str, device: str) -> str:
     parts = [graph_hash(captured), target, device, _sources(), platform.python_version()]
-    parts += [importlib.metadata.version(name) for name in _PACKAGES if _installed(name)]
+    parts += [f"{name} {installed_version(name)}" for name in _PACKAGES]
     if target == "aot-inductor":
         parts += [platform.machine(), *instruction_set()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _forget_old(cache: Path) -> None:
-    found = [path for path in cache.iterdir() if not path.name.startswith(".")]
+    """Removes what was not used for longest; a folder of another name is not ours to remove."""
+    found = [path for path in cache.iterdir() if _OURS.fullmatch(path.name)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime)[:-KEPT]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -128,14 +133,6 @@ def _sources() -> str:
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _bytes(array: np.ndarray) -> bytes:  # type: ignore[type-arg]

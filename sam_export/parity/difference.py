@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,20 +32,7 @@ Stage = Literal[
     "buffers",
 ]
 
-STAGES: tuple[Stage, ...] = (
-    "start",
-    "loss",
-    "gradients",
-    "grad_norm",
-    "perturbations",
-    "perturbation_norm",
-    "perturbed_loss",
-    "adversarial gradients",
-    "finite",
-    "slots",
-    "parameters",
-    "buffers",
-)
+STAGES: tuple[Stage, ...] = get_args(Stage)
 """In the order in which a step computes them: the first one that differs is where to look."""
 
 INNER_STAGES: tuple[Stage, ...] = ("gradients", "perturbations", "adversarial gradients")

@@ -285,7 +285,7 @@ def compared_from(
     found = _stepped(panel, run, batch, 0, this, hyper)
     samples: dict[str, Sample] = {}
     if this is not None:
-        measured = _measured(panel, this, 1, Tolerances())
+        measured = _measured(panel, this, 1, panel.tolerances)
         samples = _compare(panel, run, this, measured, found, 1)
     return Compared(found.metrics, samples)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,13 @@ def test_a_refused_target_leaves_nothing_behind(
 
 def test_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "KEPT", 1)
+    (tmp_path / "of the user").mkdir()
+    os.utime(tmp_path / "of the user", (0, 0))
     first = artifacts.artifact_for(captured_mlp(), "onnx", "cpu", tmp_path)
     second = artifacts.artifact_for(captured_mlp(seed=1), "onnx", "cpu", tmp_path)
     assert not first.exists()
     assert second.exists()
+    assert (tmp_path / "of the user").exists()  # the user may have named any folder as the cache
 
 
 def test_a_check_uses_the_cache(tmp_path: Path) -> None:

@@ -119,8 +119,10 @@ def test_a_crash_fails_one_target_and_the_others_go_on(monkeypatch: pytest.Monke
     assert not report.ok
 
 
-def test_what_a_library_prints_does_not_disturb_it(folder: Path, tmp_path: Path) -> None:
-    """Standard output is the protocol's, so it is taken away from everybody else."""
+def test_what_is_printed_before_our_code_is_an_error_and_not_a_hang(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Standard output is the protocol's; what comes on it before it is taken over is beyond us."""
     (tmp_path / "sitecustomize.py").write_text("print('hello from a library', flush=True)\n")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{before or ''}"

@@ -42,7 +42,7 @@ from sam_export.lower.onnx_ops.patches import (
     product_of_patches,
     spread_out,
 )
-from sam_export.lower.onnx_ops.table import ints, lowering, scalar, sizes, static
+from sam_export.lower.onnx_ops.table import ints, lowering, per_axis, scalar, sizes, static
 
 _TINY_IMAGE = 16
 """Up to this many output pixels one product over the whole batch beats ``Conv`` (one per image).
@@ -98,7 +98,7 @@ def convolution(
     ONNX ``Conv`` is the same sum; in float64 it is written as patches and a matrix product.
     """
     spatial = len(sizes(w)) - 2
-    stride, padding, dilation = (_spread(v, spatial) for v in (stride, padding, dilation))
+    stride, padding, dilation = (per_axis(v, spatial) for v in (stride, padding, dilation))
     if transposed:
         kernel = static("A convolution kernel", sizes(w))
         grid = static("The image of a transposed convolution", sizes(x)[2:])
@@ -110,7 +110,7 @@ def convolution(
                 stride,
                 padding,
                 dilation,
-                _spread(output_padding, spatial),
+                per_axis(output_padding, spatial),
                 strict=True,
             )
         ]
@@ -142,7 +142,7 @@ def convolution_backward(
     del bias_sizes, output_padding
     kernel = static("A convolution kernel", sizes(w))
     spatial = len(kernel) - 2
-    stride, padding, dilation = (_spread(v, spatial) for v in (stride, padding, dilation))
+    stride, padding, dilation = (per_axis(v, spatial) for v in (stride, padding, dilation))
     window = static("The image of a convolution", sizes(x)[2:])
     grid = static("The image of a convolution", sizes(dy)[2:])
     unused = scalar(0.0, dy)
@@ -353,7 +353,3 @@ def _as_product(value: ir.Value, groups: int, pixels: Sequence[int | None]) -> b
         return True
     known = [size for size in pixels if size is not None]
     return groups == 1 and len(known) == len(pixels) and prod(known) <= _TINY_IMAGE
-
-
-def _spread(values: Sequence[int], spatial: int) -> list[int]:
-    return list(values) * spatial if len(values) == 1 else list(values)

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
-from sam_export.lower.onnx_ops.table import ints, lowering, scalar, sizes, static
+from sam_export.lower.onnx_ops.table import ints, lowering, per_axis, scalar, sizes, static
 
 _SMALL_IMAGE = 64
 """Up to this many output pixels pooling without indices is the faster form.
@@ -60,13 +60,13 @@ def max_pool(
     then is dead.
     """
     image = sizes(x)[-spatial:]
-    kernel = _spread(kernel_size, len(image))
+    kernel = per_axis(kernel_size, len(image))
     y, flat = op.MaxPool(
         x,
         kernel_shape=kernel,
-        strides=_spread(stride, len(image)) if stride else kernel,
-        pads=_spread(padding, len(image)) * 2,
-        dilations=_spread(dilation, len(image)),
+        strides=per_axis(stride, len(image)) if stride else kernel,
+        pads=per_axis(padding, len(image)) * 2,
+        dilations=per_axis(dilation, len(image)),
         ceil_mode=int(ceil_mode),
     )
     # The largest of ties: torch takes the first in row-major order, and so does ONNX Runtime.
@@ -91,9 +91,9 @@ def max_pool_backward(
     ``dx[indices] += dy``, over the flat tensor. Windows that do not overlap hit each input once.
     Where windows tile a small image, no index is needed (`_tiled`).
     """
-    kernel = _spread(kernel_size, spatial)
-    strides = _spread(stride, spatial) if stride else kernel
-    dilation = _spread(dilation, spatial)
+    kernel = per_axis(kernel_size, spatial)
+    strides = per_axis(stride, spatial) if stride else kernel
+    dilation = per_axis(dilation, spatial)
     grid = _tiles(x, kernel, strides, padding, dilation, ceil_mode)
     if grid is not None:
         return _tiled(dy, x, kernel, grid)
@@ -130,9 +130,9 @@ def flat_indices(
     """
     if len(sizes(dy)) != 4:
         return None
-    kernel = _spread(kernel_size, 2)
-    strides = _spread(stride, 2) if stride else kernel
-    if _tiles(x, kernel, strides, padding, _spread(dilation, 2), ceil_mode) is not None:
+    kernel = per_axis(kernel_size, 2)
+    strides = per_axis(stride, 2) if stride else kernel
+    if _tiles(x, kernel, strides, padding, per_axis(dilation, 2), ceil_mode) is not None:
         return None
     return _undivided(indices)
 
@@ -225,7 +225,3 @@ def _tiled(dy: ir.Value, x: ir.Value, kernel: list[int], grid: list[int]) -> Any
     joined = op.Concat(*lines, axis=2) if rows > 1 else lines[0]
     whole = op.Reshape(joined, ints(channels, grid[0] * rows, grid[1] * columns, -1))
     return op.Transpose(whole, perm=[3, 0, 1, 2])
-
-
-def _spread(values: Sequence[int], spatial: int) -> list[int]:
-    return list(values) * spatial if len(values) == 1 else list(values)

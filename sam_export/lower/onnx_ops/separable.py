@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from onnxscript import opset18 as op
 
-from sam_export.lower.onnx_ops.table import ints, lowering, numpy_dtype, sizes, static
+from sam_export.lower.onnx_ops.table import ints, lowering, numpy_dtype, per_axis, sizes, static
 
 Matrix = NDArray[np.float64]
 
@@ -60,10 +60,6 @@ def _apply(x: ir.Value, matrices: Sequence[Matrix]) -> Any:
 
 def _transposed(matrices: Sequence[Matrix]) -> list[Matrix]:
     return [matrix.T for matrix in matrices]
-
-
-def _spread(values: Sequence[int], spatial: int) -> list[int]:
-    return list(values) * spatial if len(values) == 1 else list(values)
 
 
 # -- average pooling ------------------------------------------------------------------------------
@@ -107,15 +103,15 @@ def _pooling(
 ) -> list[Matrix]:
     spatial = len(image)
     known = static("An image that is pooled", image)
-    kernel = _spread(kernel_size, spatial)
+    kernel = per_axis(kernel_size, spatial)
     divide = "" if divisor_override else "padded" if count_include_pad else "real"
     matrices = [
         _averages(*axis, ceil_mode, divide)
         for axis in zip(
             known,
             kernel,
-            _spread(stride, spatial) if stride else kernel,
-            _spread(padding, spatial),
+            per_axis(stride, spatial) if stride else kernel,
+            per_axis(padding, spatial),
             strict=True,
         )
     ]

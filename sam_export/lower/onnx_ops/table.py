@@ -144,3 +144,8 @@ def static(what: str, values: Sequence[int | None]) -> list[int]:
             "Capture with only the batch dimension dynamic."
         )
     return [int(value) for value in values if value is not None]
+
+
+def per_axis(values: Sequence[int], spatial: int) -> list[int]:
+    """An option of a window for each spatial axis; ATen gives one number for all."""
+    return list(values) * spatial if len(values) == 1 else list(values)

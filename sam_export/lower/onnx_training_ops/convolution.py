@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sam_export.lower.onnx_ops.table import sizes, static
+from sam_export.lower.onnx_ops.table import per_axis, sizes, static
 from sam_export.lower.onnx_training_ops.table import portable, training_form, training_op
 
 _LARGE_IMAGE = 256
@@ -60,9 +60,9 @@ def convolution_backward(
     kernel = static("A convolution kernel", sizes(w)[2:])
     attributes = {
         "kernel_shape": kernel,
-        "strides": _spread(stride, len(kernel)),
-        "pads": _spread(padding, len(kernel)) * 2,
-        "dilations": _spread(dilation, len(kernel)),
+        "strides": per_axis(stride, len(kernel)),
+        "pads": per_axis(padding, len(kernel)) * 2,
+        "dilations": per_axis(dilation, len(kernel)),
         "group": groups,
     }
     dw = training_op("ConvGrad", [dy, x, w], [None, w], **attributes)[1]
@@ -85,7 +85,3 @@ def _pays(dy: ir.Value, w: ir.Value, groups: int) -> bool:
         return pixels >= _ONE_CHANNEL
     many = channels * out_channels >= _MANY_PAIRS
     return pixels > _LARGE_IMAGE or (pixels == _LARGE_IMAGE and many)
-
-
-def _spread(values: Sequence[int], spatial: int) -> list[int]:
-    return list(values) * spatial if len(values) == 1 else list(values)
