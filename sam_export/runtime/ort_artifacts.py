@@ -90,9 +90,10 @@ class OrtArtifactsEngine:
             self._state = self._api.CheckpointState.load_checkpoint(path)
         self._sessions.clear()
         device = self._kind if self._kind == "cpu" else f"{self._kind}:{self._index}"
-        step, evaluation = self._artifact.file("step"), self._artifact.file("evaluate_loss")
+        step = self._artifact.file("step")
         try:
-            self._module = self._api.Module(step, self._state, evaluation, device, self._options)
+            # Without the evaluation model: `_evaluated` opens it once it is asked for.
+            self._module = self._api.Module(step, self._state, None, device, self._options)
             self._optimizer = self._api.Optimizer(
                 self._artifact.path / OPTIMIZER_MODEL, self._module
             )
