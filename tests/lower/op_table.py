@@ -318,6 +318,18 @@ POOLS = [
         )[0::3], [_x(4, 3, 5), _x(3), _x(3, seed=1).exp()]),
 ]  # fmt: skip
 
+GROUP_NORMS = [
+    Row(f"native_group_norm, {groups} groups, shape {list(x.shape)}{', plain' * (not affine)}",
+        lambda x, w, b, groups=groups, affine=affine:
+            F.group_norm(x, groups, *((w, b) if affine else ()), eps=1e-3) + 0 * (w + b).sum(),
+        [x, _x(x.shape[1], seed=1), _x(x.shape[1], seed=2)])
+    for groups, x in ((2, _x(3, 4, 5, 6)), (4, _x(3, 4, 5)), (1, _x(2, 6, 3, 2, 4)), (3, _x(4, 6)))
+    for affine in (True, False)
+] + [
+    Row("native_group_norm, all results", lambda x, w:
+        torch.ops.aten.native_group_norm(x, w, None, 3, 4, 30, 2, 1e-5), [_x(3, 4, 5, 6), _x(4)]),
+]  # fmt: skip
+
 TABLE: dict[str, list[Row]] = {
     "norms": NORMS,
     "scatter": SCATTER,
@@ -328,4 +340,5 @@ TABLE: dict[str, list[Row]] = {
     "grids": GRIDS,
     "bags": BAGS,
     "pools": POOLS,
+    "group_norms": GROUP_NORMS,
 }

@@ -1,4 +1,4 @@
-"""Layer normalization and its gradient."""
+"""Layer normalization and its gradient; group normalization."""
 
 from __future__ import annotations
 
@@ -97,3 +97,42 @@ def native_layer_norm_backward(
     if output_mask[2]:
         db = op.Reshape(op.ReduceSum(dy, ints(0), keepdims=0), ints(*shape))
     return dx, dw, db
+
+
+@lowering("aten::native_group_norm")
+@in_float32()
+def native_group_norm(
+    x: ir.Value,
+    w: ir.Value | None,
+    b: ir.Value | None,
+    n: Any,
+    c: Any,
+    pixels: Any,
+    group: int,
+    eps: float,
+) -> tuple[Any, Any, Any]:
+    """aten::native_group_norm(Tensor input, Tensor? weight, Tensor? bias, SymInt N, SymInt C,
+    SymInt HxW, int group, float eps) -> (Tensor, Tensor, Tensor)
+
+    Over the channels of a group and all places of an image, ``m`` elements, with ``w`` and ``b`` of
+    each channel::
+
+        mean = sum(x) / m;  rstd = 1 / sqrt(sum((x - mean)^2) / m + eps)
+        y    = (x - mean) * rstd * w + b
+
+    The exporter's translation takes ``InstanceNormalization`` for ``y``, which ONNX Runtime has in
+    float32 only, and computes the statistics beside it once more.
+    """
+    del n, c, pixels
+    dims = sizes(x)
+    [channels] = static("The channels of a group norm", dims[1:2])
+    flat = op.Reshape(x, op.Concat(op.Shape(x, start=0, end=1), ints(group, -1), axis=0))
+    mean = op.ReduceMean(flat, ints(2), keepdims=1)
+    centred = op.Sub(flat, mean)
+    variance = op.ReduceMean(op.Mul(centred, centred), ints(2), keepdims=1)
+    rstd = op.Reciprocal(op.Sqrt(op.Add(variance, scalar(eps, x))))
+    y = op.Reshape(op.Mul(centred, rstd), op.Shape(x))
+    per_channel = ints(channels, *[1] * (len(dims) - 2))
+    y = y if w is None else op.Mul(y, op.Reshape(w, per_channel))
+    y = y if b is None else op.Add(y, op.Reshape(b, per_channel))
+    return y, op.Squeeze(mean, ints(2)), op.Squeeze(rstd, ints(2))
