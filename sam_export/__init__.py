@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sam_export.artifact.result import StepResult
     from sam_export.artifact.semantics import Semantics
     from sam_export.parity.check import check_parity
+    from sam_export.parity.locate import Location, locate
     from sam_export.parity.report import ParityReport
     from sam_export.runtime.session import Session
     from sam_export.step.sam import SAM
@@ -46,6 +47,8 @@ _LAZY = {
     "Session": "sam_export.runtime.session",
     "check_parity": "sam_export.parity.check",
     "ParityReport": "sam_export.parity.report",
+    "locate": "sam_export.parity.locate",
+    "Location": "sam_export.parity.locate",
 }
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "ArtifactError",
     "CaptureError",
     "CapturedStep",
+    "Location",
     "LoweringError",
     "ParityError",
     "ParityReport",
@@ -70,6 +74,7 @@ __all__ = [
     "check_parity",
     "export",
     "load",
+    "locate",
 ]
 
 

@@ -140,5 +140,6 @@ def run(args: argparse.Namespace) -> int:
     if args.locate and not report.ok:
         if dynamic == "batch":
             taken = with_unseen_size(taken, args.steps)
-        run_locate(step, taken, failed_steps(report), args.locate, dynamic)
+        failed = failed_steps(report, chosen["artifacts"])
+        run_locate(step, taken, failed, args.locate, dynamic)
     return 0 if report.ok else 1

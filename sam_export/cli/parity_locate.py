@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam_export.cli.console import stage
@@ -35,24 +37,56 @@ def check_locate(folder: str | None) -> None:
         raise CommandError(f"--locate {folder}: it is there already; give a folder yet to be made.")
 
 
-def failed_steps(report: ParityReport) -> dict[str, int]:
-    """Target that ran and failed to the number, from 1, of a step from eager's state that differs.
+@dataclass(frozen=True)
+class Failed:
+    """What of a failed check a search starts from.
+
+    Attributes:
+        target: The target that differs.
+        step: Number, from 1, of a step from eager's state that differs.
+        artifact: The user's own, which differs; None: one that is built for the search.
+    """
+
+    target: str
+    step: int
+    artifact: Path | None = None
+
+
+def failed_steps(report: ParityReport, artifacts: Mapping[str, Path]) -> dict[str, Failed]:
+    """What ran and failed, by the name of its row.
 
     Lock-step runs each step from eager's state, as the search does; where only the free run
-    differs, it is step 1.
+    differs, it is step 1. Where a target differs with its stages only, the target itself is
+    searched.
+
+    Args:
+        report: Of the check.
+        artifacts: Those that it was given, by the names of their rows.
+
+    Raises:
+        ArtifactError: One of them cannot be opened any more.
     """
-    found = {}
-    for target in report.targets:
-        steps = [row.step for row in target.failed if row.mode == "lock-step"]
-        if target.failed:
-            found[target.name] = max(1, min(steps, default=1))
+    from sam_export.artifact.folder import open_artifact
+
+    found: dict[str, Failed] = {}
+    for row in report.targets:
+        steps = [each.step for each in row.failed if each.mode == "lock-step"]
+        if not row.failed:
+            continue
+        number = max(1, min(steps, default=1))
+        if row.name in artifacts:
+            path = artifacts[row.name]
+            found[row.name] = Failed(open_artifact(path).target, number, path)
+        else:
+            target = row.name.removesuffix(", stages")
+            found.setdefault(target, Failed(target, number))
     return found
 
 
 def run_locate(
     step: TrainStep,
     batches: Sequence[Any],
-    failed: Mapping[str, int],
+    failed: Mapping[str, Failed],
     folder: str,
     dynamic: Any = "batch",
 ) -> list[Location]:
@@ -61,8 +95,8 @@ def run_locate(
     Args:
         step: As the check had it.
         batches: As the check had them.
-        failed: Target to the number of a step that differs; see `failed_steps`.
-        folder: Gets a folder per target in which a node is found.
+        failed: Where to search, by name; see `failed_steps`.
+        folder: Gets a folder per name in which a node is found.
         dynamic: As the check had it.
 
     Returns:
@@ -74,21 +108,22 @@ def run_locate(
 
     captured = captured_of(step, batches[0], dynamic)
     locations = []
-    for target, number in failed.items():
+    for name, start in failed.items():
         state = captured.state
         try:
-            for index in range(number - 1):
+            for index in range(start.step - 1):
                 state = StepGraph(captured, batches[index % len(batches)], state).next_state()
-            with stage(f"locating the difference of {target}, step {number}"):
+            with stage(f"locating the difference of {name}, step {start.step}"):
                 location = locate(
                     captured,
-                    target,
-                    batches[(number - 1) % len(batches)],
+                    start.target,
+                    batches[(start.step - 1) % len(batches)],
                     state=state,
-                    out=os.path.join(folder, target),
+                    artifact=start.artifact,
+                    out=os.path.join(folder, Path(name).name),
                 )
         except SamExportError as error:
-            print(f"{target}: the difference was not located: {error}")
+            print(f"{name}: the difference was not located: {error}")
             continue
         print(location)
         locations.append(location)

@@ -209,19 +209,11 @@ def test_ctrl_c_is_not_a_verdict(
     assert "interrupted: only what was compared until then is here" in " ".join(out.split())
 
 
-def test_locate_goes_to_the_failed_targets(
-    workplace: Workplace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """A wrong form fails the check and is then found; the exit code is still the check's."""
+def wrong_tanh_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the gradient of tanh an ONNX form that is off by half the gradient."""
     import torch
 
     from sam_export.lower.onnx_ops.table import FORMS
-    from tests.parity.test_locate import reproduced
-
-    target = torch.ops.aten.tanh_backward.default
 
     def wrong(gradient: Any, output: Any) -> Any:
         from onnxscript import opset18 as op
@@ -230,15 +222,54 @@ def test_locate_goes_to_the_failed_targets(
         return op.Mul(gradient, slope)
 
     wrong.__annotations__ = {}
-    monkeypatch.setitem(FORMS, target, wrong)
+    monkeypatch.setitem(FORMS, torch.ops.aten.tanh_backward.default, wrong)
+
+
+def test_locate_goes_to_the_failed_targets(
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A wrong form fails the check and is then found; the exit code is still the check's.
+
+    The target fails with its stages too, and is searched once.
+    """
+    from tests.parity.test_locate import reproduced
+
+    wrong_tanh_gradient(monkeypatch)
     out = tmp_path / "found"
     argv = ["parity", f"{workplace.recipe}:recipe", "--targets", "onnx", "--steps", "2"]
-    assert main([*argv, "--locate", str(out)]) == 1
+    assert main([*argv, "--stages", "--locate", str(out)]) == 1
     text = capsys.readouterr().out
-    assert "aten::tanh_backward" in text
+    assert "onnx, stages (CPUExecutionProvider): FAILED" in text
+    assert text.count("the first that differs is tanh_backward") == 1
+    assert "not located" not in text
     assert reproduced(str(out / "onnx"))[0] == 1
     assert main([*argv, "--locate", str(out)]) == 2
     assert "there already" in capsys.readouterr().err
+
+
+def test_locate_searches_the_artifact_that_was_given(
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An old artifact with a fault that the exporter no longer makes."""
+    from tests.parity.test_locate import reproduced
+
+    recipe, old, out = f"{workplace.recipe}:recipe", tmp_path / "old", tmp_path / "found"
+    with monkeypatch.context() as patch:
+        wrong_tanh_gradient(patch)
+        assert main(["export", recipe, "--out", str(old)]) == 0
+    argv = ["parity", recipe, "--targets", "onnx", "--artifact", str(old), "--steps", "2"]
+    assert main([*argv, "--locate", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "old (CPUExecutionProvider): FAILED" in text
+    assert "onnx (CPUExecutionProvider): OK" in text
+    assert text.count("the first that differs is tanh_backward") == 1
+    assert reproduced(str(out / "old"))[0] == 1
 
 
 def test_a_folder_that_is_not_there_is_said_before_the_work(
