@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxscript import opset18 as op
 
 from sam_export.lower.onnx_ops.half import in_float32
-from sam_export.lower.onnx_ops.table import full, ints, lowering, scalar, sizes, static
+from sam_export.lower.onnx_ops.table import full, ints, lowering, scalar, sizes
 
 _SPREAD = "sam_export.batch_norm.spread"
 """Key of a mean's metadata: the same mean of shape ``[1, C, 1, ...]``."""
@@ -157,10 +157,7 @@ def batch_norm_backward(
 
     In training ``dx`` is an affine map of ``dy`` per channel plus a multiple of ``xc``.
     """
-    rank = len(sizes(x))
-    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
-    axes = ints(0, *range(2, rank))
-    per_channel = ints(1, channels, *[1] * (rank - 2))
+    axes = ints(0, *range(2, len(sizes(x))))
     if not train:
         assert running_var is not None
         mean = running_mean
@@ -168,32 +165,31 @@ def batch_norm_backward(
     assert invstd is not None
     assert mean is not None
     # As the forward pass has it, so that the difference is one node with the one computed there.
-    centered = op.Sub(x, mean.meta.get(_SPREAD) or op.Reshape(mean, per_channel))
+    centered = op.Sub(x, mean.meta.get(_SPREAD) or _spread(mean, x))
     db = op.ReduceSum(dy, axes, keepdims=0)
     dot = _dot(dy, centered, sizes(x))
     scale = invstd if w is None else op.Mul(invstd, w)
     dx = scalar(0.0, x)
     if output_mask[0] and not train:
-        dx = op.Mul(dy, op.Reshape(scale, per_channel))
+        dx = op.Mul(dy, _spread(scale, x))
     elif output_mask[0]:
         n = _per_channel(x)
         shift = op.Neg(op.Div(op.Mul(scale, db), n))
         slope = op.Neg(op.Div(op.Mul(op.Mul(scale, dot), op.Mul(invstd, invstd)), n))
-        zero, one = full(channels, 0.0, x), full(channels, 1.0, x)
+        zero, one = _constant(0.0, x), _constant(1.0, x)
         affine = op.BatchNormalization(dy, scale, shift, zero, one, epsilon=0.0)
-        dx = op.Add(affine, op.Mul(centered, op.Reshape(slope, per_channel)))
+        dx = op.Add(affine, op.Mul(centered, _spread(slope, x)))
     return dx, op.Mul(dot, invstd), db
 
 
 def _batch_statistics(
     x: ir.Value, w: ir.Value | None, b: ir.Value | None, eps: float
 ) -> tuple[Any, Any, Any, Any]:
-    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
     axes = ints(0, *range(2, len(sizes(x))))
     mean = op.ReduceMean(x, axes, keepdims=1)
     centered = op.Sub(x, mean)
     var = op.Div(_dot(centered, centered, sizes(x)), _per_channel(x))
-    vector = op.Reshape(mean, ints(channels))
+    vector = op.Squeeze(mean, axes)
     vector.meta[_SPREAD] = mean
     variance = op.Add(var, scalar(eps, x))
     y = _normalized(x, w, b, vector, variance)
@@ -202,9 +198,8 @@ def _batch_statistics(
 
 def _normalized(x: ir.Value, w: Any, b: Any, mean: Any, variance: Any) -> Any:
     """One pass; ``variance`` holds eps already, since the attribute is only float32."""
-    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
-    w = full(channels, 1.0, x) if w is None else w
-    b = full(channels, 0.0, x) if b is None else b
+    w = _constant(1.0, x) if w is None else w
+    b = _constant(0.0, x) if b is None else b
     return op.BatchNormalization(x, w, b, mean, variance, epsilon=0.0)
 
 
@@ -219,8 +214,24 @@ def _dot(a: Any, b: Any, shape: list[int | None]) -> Any:
     return op.ReduceSum(op.MatMul(row, column), ints(0, 2, 3), keepdims=0)
 
 
+def _constant(value: float, x: ir.Value) -> Any:
+    """A vector of one number per channel. An instance norm has ``N * C`` of them, symbolic."""
+    channels = sizes(x)[1]
+    if channels is not None:
+        return full(channels, value, x)
+    return op.Expand(scalar(value, x), op.Shape(x, start=1, end=2))
+
+
+def _spread(vector: Any, x: ir.Value) -> Any:
+    """A vector of the channels as ``[1, C, 1, ...]``."""
+    return op.Unsqueeze(vector, ints(0, *range(2, len(sizes(x)))))
+
+
 def _per_channel(x: ir.Value) -> Any:
     """Elements per channel, as a scalar of the dtype of ``x``; the batch may be symbolic."""
-    channels = static("The channels of a BatchNorm", sizes(x)[1:2])[0]
-    count = op.Div(op.Size(x), op.Constant(value_int=channels))
+    channels = sizes(x)[1]
+    if channels is not None:
+        count = op.Div(op.Size(x), op.Constant(value_int=channels))
+    else:
+        count = op.Div(op.Size(x), op.Squeeze(op.Shape(x, start=1, end=2), ints(0)))
     return op.CastLike(count, x)
