@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sam_export._compat.inductor import EAGER_NUMERICS
+
 
 def package_bytes(program: torch.export.ExportedProgram, eager_random: bool) -> bytes:
     """A program compiled for this machine, as a ``.pt2`` package without weights.
@@ -27,7 +29,11 @@ def package_bytes(program: torch.export.ExportedProgram, eager_random: bool) -> 
             program,
             package_path=str(path),
             # Threads are those of the process that runs, not of the one that compiles.
-            inductor_configs={"fallback_random": eager_random, "cpp.dynamic_threads": True},
+            inductor_configs={
+                "fallback_random": eager_random,
+                "cpp.dynamic_threads": True,
+                **EAGER_NUMERICS,
+            },
         )
         return path.read_bytes()
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+BRANCHES_UNLESS_CAPTURABLE = (torch.optim.ASGD, torch.optim.RAdam, torch.optim.Rprop)
+"""Optimizers whose for-loop form reads a tensor into Python, or assigns through a mask, and whose
+``capturable`` form computes the same without."""
 
 
 @contextlib.contextmanager
@@ -40,3 +46,43 @@ def init_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         if parameter.default is inspect.Parameter.empty
     ]
     method(group, *([] for _ in wanted[1:]))
+
+
+@contextlib.contextmanager
+def with_tensor_extrema(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """``min`` and ``max`` take tensors in the module that ``optimizer``'s class is written in.
+
+    Adafactor compares numbers that it has just read out of tensors; where those stay tensors,
+    Python's own functions would ask for the truth of a comparison. An Adafactor that uses
+    ``torch.minimum`` would replace this.
+    """
+    # Classes of torch.optim give another module as theirs; their functions know the right one.
+    spaces = {
+        id(space): space
+        for kind in type(optimizer).__mro__
+        if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+        for space in [inspect.unwrap(kind.__init__).__globals__]
+    }
+    names = {"min": torch.minimum, "max": torch.maximum}
+    before = [(space, {name: space.get(name) for name in names}) for space in spaces.values()]
+
+    def extremum(plain: Callable[..., Any], of_tensors: Callable[..., Any]) -> Callable[..., Any]:
+        def chosen(*values: Any, **options: Any) -> Any:
+            if len(values) != 2 or not any(isinstance(value, Tensor) for value in values):
+                return plain(*values, **options)
+            return of_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in values))
+
+        return chosen
+
+    try:
+        for space, own in before:
+            for name, function in names.items():
+                space[name] = extremum(own[name] or getattr(builtins, name), function)
+        yield
+    finally:
+        for space, own in before:
+            for name, value in own.items():
+                if value is None:
+                    del space[name]
+                else:
+                    space[name] = value

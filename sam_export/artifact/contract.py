@@ -47,6 +47,10 @@ STEP = "counter.step"
 """State of a step that draws random numbers: the number of the next step, int64. It advances by
 one with every step, skipped ones included; a step that raised is none."""
 
+STARTED = "counter.started"
+"""State of a step whose base optimizer treats its first update specially (SGD with dampening): 0
+before that update, 1 after it, int64. A step that changes nothing does not change it."""
+
 METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite")
 """The scalar outputs of ``step``, in order; the fields of `StepResult`."""
 

@@ -104,7 +104,7 @@ def laws_of_target(run: Run, panel: Panel, tol: Tolerances) -> tuple[Law, ...]:
 
 def _radius(run: Run, panel: Panel, tol: Tolerances) -> Law:
     """The perturbation has the norm rho."""
-    radii = {float(group["rho"]) for group in panel.judge.optimizer.param_groups}
+    radii = set(panel.rho)
     if len(radii) > 1:
         return _not_applicable("groups have different rho")
     this = panel.lock(panel.start, 0, panel.batch(0))
@@ -243,7 +243,7 @@ def _perturbed(panel: Panel, point: Mapping[str, Any]) -> dict[str, Any]:
     """``w + rho g / ||g||``, with one rho: another point, where the second pass is."""
     _, gradient = _slope(panel, panel.judge, point, panel.batch(0))
     size = math.sqrt(sum(float(np.vdot(g, g)) for g in gradient.values())) + 1e-12
-    rho = float(panel.judge.optimizer.param_groups[0]["rho"])
+    rho = panel.rho[0]
     return {**point, **{key: point[key] + rho * g / size for key, g in gradient.items()}}
 
 

@@ -81,6 +81,7 @@ class MutatedStep(TrainStep):
         watch: Callable[[Tensor], None] = lambda loss: None,
         draws: Draws | None = None,
         stages: dict[str, Tensor] | None = None,
+        started: Tensor | None = None,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """`TrainStep.pure`, with the selected fault."""
         faults = Faults(self._kind, buffers[SELECTOR], values)
@@ -91,7 +92,7 @@ class MutatedStep(TrainStep):
         self._faults = faults
         try:
             passes, updated, new_slots = super().pure(
-                parameters, buffers, given, hyper, layout, values, at, watch, draws, stages
+                parameters, buffers, given, hyper, layout, values, at, watch, draws, stages, started
             )
         finally:
             self._faults = None

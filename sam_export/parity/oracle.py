@@ -39,7 +39,8 @@ class Oracle:
     Args:
         model: The model; it is copied, together with the loss and the optimizer.
         loss_fn: ``loss_fn(output, *targets)``. None: the model returns the loss.
-        base_optimizer: A stock optimizer whose parameter groups have a ``"rho"``.
+        base_optimizer: A stock optimizer whose parameter groups have a ``"rho"``, or, where it has
+            one of its own (Adadelta), a ``"sam_rho"``.
         num_targets: How many entries at the end of a tuple batch go to the loss.
         running_stats: ``"ascent"``: buffers keep what the first pass made of them; ``"both"``.
         randomness: ``"same"``: the second pass draws what the first one drew; ``"fresh"``.
@@ -72,6 +73,7 @@ class Oracle:
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         self.model, self.loss_fn, self.optimizer = copy.deepcopy((model, loss_fn, base_optimizer))
+        self.radius = "sam_rho" if "rho" in base_optimizer.defaults else "rho"
         self.num_targets = num_targets
         self.running_stats = running_stats
         self.randomness = randomness
@@ -180,7 +182,7 @@ class Oracle:
                 for p in group["params"]:
                     if p.grad is not None:
                         norm = grad_norm if self.norm_over == "all" else p.grad.norm()
-                        e = group["rho"] * p.grad / (norm.to(p.device) + 1e-12)
+                        e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
                         e = e.to(p.dtype)
                         old.append((p, p.clone()))
                         perturbations.append(e)

@@ -197,7 +197,7 @@ class Panel:
     @property
     def rho(self) -> list[float]:
         """Radius of each parameter group."""
-        return [float(group["rho"]) for group in self.judge.optimizer.param_groups]
+        return [float(group[self.judge.radius]) for group in self.judge.optimizer.param_groups]
 
     @contextmanager
     def radius(self, rho: float) -> Iterator[None]:
@@ -207,12 +207,12 @@ class Panel:
         try:
             for own in groups:
                 for group in own:
-                    group["rho"] = rho
+                    group[self.judge.radius] = rho
             yield
         finally:
             for own in groups:
                 for group, value in zip(own, before, strict=True):
-                    group["rho"] = value
+                    group[self.judge.radius] = value
 
     def base_step(self, state: State, batch: Batch) -> State:
         """State after one step of the base optimizer alone, as the judge computes it."""

@@ -144,7 +144,7 @@ def _choices(step: TrainStep) -> Iterator[Mapping[str, Callable[[Oracle], None]]
 
 def _scale(oracle: Oracle, factor: float) -> None:
     for group in oracle.optimizer.param_groups:
-        group["rho"] *= factor
+        group[oracle.radius] *= factor
 
 
 def _run_loop(

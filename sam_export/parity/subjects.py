@@ -67,7 +67,7 @@ def existing(
         artifact = open_artifact(folder)
         notes += [f"{name}: {line}" for line in other_choices(artifact, step)]
         session = _opened(
-            folder, device, isolate, bool(artifact.details.get("random_ops")), _hyper(step)
+            folder, device, isolate, bool(artifact.details.get("random_ops")), step.hyper()
         )
         run.artifact, run.session = folder, session
     try:
@@ -86,7 +86,7 @@ def other_choices(artifact: Artifact, step: TrainStep) -> list[str]:
     base = type(step.optimizer.base_optimizer).__name__
     if artifact.contract.optimizer != base:
         lines.append(f"exported with {artifact.contract.optimizer}, the step has {base}")
-    hyper = _hyper(step)
+    hyper = step.hyper()
     for spec in artifact.contract.hyper:
         wanted = tuple(hyper.get(spec.name, ()))
         if tuple(spec.defaults) != wanted:
@@ -167,11 +167,6 @@ def _opened(
 def _close(run: Run) -> None:
     if isinstance(run.session, ChildSession):
         run.session.close()
-
-
-def _hyper(step: TrainStep) -> dict[str, list[float]]:
-    groups = step.optimizer.param_groups
-    return {name: [float(group[name]) for group in groups] for name in ("lr", "rho")}
 
 
 def _listed(values: Sequence[float]) -> str:

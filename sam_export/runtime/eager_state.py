@@ -43,7 +43,8 @@ class EagerState:
         base: The base optimizer.
         tensors: Parameters and buffers by name.
         slots: Each slot with its parameter and its eager value; None where it is not made yet.
-        settings: Name of a hyper-parameter, index of a group that has it, and the group.
+        settings: Name of a hyper-parameter, index of a group that has it, the group, and under
+            which key.
 
     Raises:
         SessionError: They do not belong to the contract's step; names the first differences.
@@ -54,13 +55,16 @@ class EagerState:
         self.tensors = self._match_model(contract, model)
         self._check_groups(contract)
         self.slots = self._match_slots(contract)
+        # A base optimizer with a rho of its own (Adadelta) holds the radius under another name.
+        radius = "sam_rho" if "rho" in self.base.defaults else "rho"
+        keys = {spec.name: radius if spec.name == "rho" else spec.name for spec in contract.hyper}
         self.settings = [
-            (spec.name, index, group)
-            for spec in contract.hyper
+            (name, index, group, key)
+            for name, key in keys.items()
             for index, group in enumerate(self.base.param_groups)
-            if spec.name in group or spec.name != "rho"  # without its SAM, the base has no rho
+            if key in group or name != "rho"  # without its SAM, the base has no radius
         ]
-        absent = {name for name, _, group in self.settings if name not in group}
+        absent = {name for name, _, group, key in self.settings if key not in group}
         self._refuse([f"a parameter group has no {name!r}" for name in sorted(absent)])
 
     def new_slot(self, spec: TensorSpec, parameter: torch.Tensor) -> torch.Tensor:

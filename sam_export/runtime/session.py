@@ -15,6 +15,7 @@ from sam_export.artifact.contract import (
     METRICS,
     SEED,
     STAGE,
+    STARTED,
     STEP,
     ProgramSpec,
     StepContract,
@@ -219,17 +220,20 @@ class Session:
             for name, tensor in eager.tensors.items():
                 tensor.data.copy_(torch.tensor(state[name]))
             for spec, parameter, old in eager.slots:
+                if state.get(STARTED) == 0:  # eager tells its first update by having no slots
+                    eager.base.state.get(parameter, {}).pop(spec.slot, None)
+                    continue
                 value = made[spec.name] if old is None else old
                 if isinstance(value, torch.Tensor):
                     value.data.copy_(torch.tensor(state[spec.name]))
                 else:
                     value = type(value)(state[spec.name].item())
                 eager.base.state[parameter][spec.slot] = value
-            for name, index, group in eager.settings:
-                if isinstance(group[name], torch.Tensor):
-                    group[name].fill_(self._hyper[name][index])
+            for name, index, group, key in eager.settings:
+                if isinstance(group[key], torch.Tensor):
+                    group[key].fill_(self._hyper[name][index])
                 else:
-                    group[name] = self._hyper[name][index]
+                    group[key] = self._hyper[name][index]
         if step is not None:
             step.step_count = int(state.get(STEP, self._step_count))
             step.seed = int(state.get(SEED, step.seed))
@@ -252,8 +256,8 @@ class Session:
         model, optimizer, step = parts_of(model, optimizer)
         eager = EagerState(self.contract, model, optimizer)
         hyper = {spec.name: list(self._hyper[spec.name]) for spec in self.contract.hyper}
-        for name, index, group in eager.settings:
-            hyper[name][index] = float(group[name])
+        for name, index, group, key in eager.settings:
+            hyper[name][index] = float(group[key])
         values = merged_hyper(self._hyper, hyper, self.contract)
         state = {name: host_array(tensor) for name, tensor in eager.tensors.items()}
         for spec, _, value in eager.slots:
@@ -261,6 +265,8 @@ class Session:
             state[spec.name] = host_array(found).astype(spec.dtype)
         kept = [spec.name for spec in self.contract.state if spec.name not in state]
         state.update(self._engine.read(kept))
+        if STARTED in state:
+            state[STARTED] = np.array(int(any(value is not None for _, _, value in eager.slots)))
         if step is not None:
             numbers = {SEED: step.seed, STEP: step.step_count}
             state.update({n: np.array(v) for n, v in numbers.items() if n in kept})

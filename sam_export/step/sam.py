@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,6 +27,10 @@ class SAM(torch.optim.Optimizer):
     The parameter groups (and the state) are shared with ``base_optimizer``, so a
     `torch.optim.lr_scheduler` works on either of the two. Parameters may live on several devices.
 
+    The radius is ``group["rho"]``. A base optimizer with a ``rho`` of its own (Adadelta's decay)
+    keeps the name in the groups: its own is given as ``base_rho``, and the radius is
+    ``group["sam_rho"]``. `radius_key` says which.
+
     Example::
 
         optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
@@ -39,6 +44,10 @@ class SAM(torch.optim.Optimizer):
         base_optimizer: Class of the base optimizer (``torch.optim.SGD``), not an instance.
         rho: Radius of the perturbation, at least 0, in units of the weights.
         **kwargs: Arguments of the base optimizer (``lr``, ``momentum``, ``weight_decay``, ...).
+
+    Attributes:
+        base_optimizer: The instance of the base optimizer.
+        radius_key: Under which key the parameter groups hold the radius.
 
     Raises:
         StepConfigError: ``rho`` is negative or not a number, or the base optimizer cannot be used.
@@ -58,13 +67,24 @@ class SAM(torch.optim.Optimizer):
         **kwargs: Any,
     ) -> None:
         _check_base(base_optimizer)
-        super().__init__(params, {**kwargs, "rho": _checked_rho(rho)})
+        names = inspect.signature(base_optimizer).parameters
+        self.radius_key = "sam_rho" if "rho" in names else "rho"
+        kwargs = self._renamed(kwargs)
+        groups = [self._renamed(item) if isinstance(item, dict) else item for item in params]
+        super().__init__(groups, {**kwargs, self.radius_key: _checked_rho(rho)})
         for group in self.param_groups:
-            _checked_rho(group["rho"])
+            _checked_rho(group[self.radius_key])
         # The base optimizer keeps the very same group dictionaries and fills in its own defaults.
         self._share(base_optimizer(self.param_groups, **kwargs))
-        self.defaults = {**self.base_optimizer.defaults, "rho": rho}
+        self.defaults = {**self.base_optimizer.defaults, self.radius_key: rho}
         self._w: dict[Tensor, Tensor] = {}
+
+    def _renamed(self, options: dict[str, Any]) -> dict[str, Any]:
+        """``rho`` and ``base_rho`` of a parameter group under the names that the groups hold."""
+        if self.radius_key == "rho":
+            return options
+        names = {"rho": self.radius_key, "base_rho": "rho"}
+        return {names.get(key, key): value for key, value in options.items()}
 
     def _share(self, base_optimizer: torch.optim.Optimizer) -> None:
         self.base_optimizer = base_optimizer
@@ -92,7 +112,7 @@ class SAM(torch.optim.Optimizer):
             )
         norm = global_norm(grads)
         for group in self.param_groups:
-            scale = group["rho"] / (norm + EPSILON)
+            scale = group[self.radius_key] / (norm + EPSILON)
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -147,8 +167,9 @@ class SAM(torch.optim.Optimizer):
         if not hasattr(self, "base_optimizer"):  # while Optimizer.__init__ collects the groups
             super().add_param_group(param_group)
             return
-        param_group.setdefault("rho", self.defaults["rho"])
-        _checked_rho(param_group["rho"])
+        param_group = self._renamed(param_group)
+        param_group.setdefault(self.radius_key, self.defaults[self.radius_key])
+        _checked_rho(param_group[self.radius_key])
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,11 +182,13 @@ class SAM(torch.optim.Optimizer):
         self._share(self.base_optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "base_optimizer": self.base_optimizer, "_w": self._w}
+        own = {name: getattr(self, name) for name in ("base_optimizer", "radius_key", "_w")}
+        return {**super().__getstate__(), **own}
 
     def __repr__(self) -> str:
         groups = "; ".join(
-            f"{len(group['params'])} tensors, rho {group['rho']:g}, lr {float(group['lr']):g}"
+            f"{len(group['params'])} tensors, rho {group[self.radius_key]:g}, "
+            f"lr {float(group['lr']):g}"
             for group in self.param_groups
         )
         return f"SAM({type(self.base_optimizer).__name__}: {groups})"

@@ -115,6 +115,14 @@ class TrainStep(nn.Module):
             for names, decay in zip(self.group_names(), decays, strict=True)
         ]
 
+    def hyper(self) -> dict[str, list[float]]:
+        """Current ``lr`` and ``rho`` of each parameter group."""
+        keys = {"lr": "lr", "rho": self.optimizer.radius_key}
+        return {
+            name: [float(group[key]) for group in self.optimizer.param_groups]
+            for name, key in keys.items()
+        }
+
     def layout(self, batch: Sequence[Any] | Mapping[str, Any]) -> BatchLayout:
         """How a batch like this one is divided into inputs and targets."""
         return layout_of(self.model, self.loss_fn, self.num_targets, batch)
@@ -156,6 +164,7 @@ class TrainStep(nn.Module):
         watch: Callable[[Tensor], None] = lambda loss: None,
         draws: Draws | None = None,
         stages: dict[str, Tensor] | None = None,
+        started: Tensor | None = None,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """The whole step as a function of its arguments; changes nothing.
 
@@ -170,6 +179,8 @@ class TrainStep(nn.Module):
             watch: Shown the loss of each pass before it is differentiated.
             draws: Where random numbers come from; None: torch's generators.
             stages: Gets gradients and perturbations by name, as `two_passes` has them.
+            started: 0 before the base optimizer's first update, where that is a special one; see
+                `apply_update`.
 
         Returns:
             Both passes (losses, norms, new buffers), the new parameters and the new slots. They
@@ -215,6 +226,7 @@ class TrainStep(nn.Module):
                 slots,
                 names,
                 [{"lr": lr} for lr in hyper["lr"].unbind()],
+                started,
             )
         return passes, updated, new_slots
 
@@ -249,7 +261,7 @@ class TrainStep(nn.Module):
                 {name: p.detach() for name, p in parameters.items()},
                 buffers,
                 self.groups(),
-                [group["rho"] for group in self.optimizer.param_groups],
+                self.hyper()["rho"],
                 self.semantics,
                 at=at,
             )

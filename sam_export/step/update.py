@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,22 +23,29 @@ _FOR_LOOP = {"foreach": False, "fused": False, "capturable": False}
 
 
 class TensorScalars(TorchFunctionMode):
-    """Lets ``alpha=`` and ``value=`` be tensors.
+    """Lets numbers of an update be tensors.
 
-    ATen takes these as numbers only, so ``p.add_(d, alpha=-lr)`` with a tensor ``lr`` would read
-    it into Python and bake its value into the graph. Inside this mode it becomes
-    ``p.add_(d * -lr)``, which is the same product: ATen multiplies in the operand's dtype too.
+    ATen takes ``alpha=`` and ``value=`` as numbers only, so ``p.add_(d, alpha=-lr)`` with a tensor
+    ``lr`` would read it into Python and bake its value into the graph. Inside this mode it becomes
+    ``p.add_(d * -lr)``, which is the same product: ATen multiplies in the result's dtype too. For
+    the same reason ``x.item()`` is ``x`` in float64, as Python's numbers are, and the weight of
+    ``lerp`` takes the operand's dtype.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Rewrites a call whose ``alpha`` or ``value`` is a tensor."""
+        """Rewrites a call that has, or wants, a number."""
         kwargs = kwargs or {}
         name = func.__name__.rstrip("_")
+        if name == "item":
+            return args[0].double()
+        if name == "lerp" and len(args) == 3 and isinstance(args[2], Tensor):
+            return func(args[0], args[1], args[2].to(args[0]), **kwargs)
         if isinstance(kwargs.get("alpha"), Tensor) and name in ("add", "sub"):
             alpha = kwargs.pop("alpha")
-            return func(args[0], args[1] * alpha.to(args[1]), **kwargs)
+            other = args[1].to(torch.result_type(args[0], args[1]))  # Muon's is bfloat16
+            return func(args[0], other * alpha.to(other), **kwargs)
         if isinstance(kwargs.get("value"), Tensor) and name in ("addcmul", "addcdiv"):
             value = kwargs.pop("value")
             return func(args[0], args[1] * value.to(args[1]), args[2], **kwargs)
@@ -50,6 +58,7 @@ def rebuilt(
     groups: Sequence[Sequence[str]],
     slots: Slots,
     overrides: Sequence[Mapping[str, Any]],
+    form: Mapping[str, bool] = _FOR_LOOP,
 ) -> torch.optim.Optimizer:
     """A copy of ``base`` over other tensors: same class, same options, no hooks, its own state.
 
@@ -59,6 +68,7 @@ def rebuilt(
         groups: Names of the parameters of each group.
         slots: State to start from.
         overrides: Options to replace in each group (``{"lr": tensor}``).
+        form: Which form of the update it has, where it has several.
     """
     twin = object.__new__(type(base))
     twin.__dict__.update(base.__dict__)
@@ -66,7 +76,7 @@ def rebuilt(
     twin.param_groups = [
         {
             **{key: copy.copy(value) for key, value in group.items() if key != "params"},
-            **{key: value for key, value in _FOR_LOOP.items() if key in group},
+            **{key: value for key, value in form.items() if key in group},
             **override,
             "params": [parameters[name] for name in names],
         }
@@ -85,6 +95,7 @@ def apply_update(
     slots: Slots,
     groups: Sequence[Sequence[str]],
     hyper: Sequence[Mapping[str, Tensor]],
+    started: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Slots]:
     """New parameters and slots after one ``step`` of the base optimizer; pure.
 
@@ -95,28 +106,95 @@ def apply_update(
         slots: Optimizer state by parameter name and slot key.
         groups: Names of the parameters of each group.
         hyper: Tensor-valued options of each group (``lr``), float64 scalars.
+        started: Where the first update is a special one (`Start.is_special`): a scalar, 0 before
+            it. Both updates are computed then, and one is selected.
     """
+    later = _applied(base, parameters, gradients, slots, groups, hyper)
+    if started is None:
+        return later
+    first = _applied(base, parameters, gradients, {}, groups, hyper)
+    is_later = started != 0
+    updated = {
+        name: torch.where(is_later, later[0][name], first[0][name]) if name in gradients else value
+        for name, value in parameters.items()
+    }
+    chosen = {
+        name: {key: torch.where(is_later, value, first[1][name][key]) for key, value in own.items()}
+        for name, own in later[1].items()
+    }
+    return updated, chosen
+
+
+def _applied(
+    base: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    slots: Slots,
+    groups: Sequence[Sequence[str]],
+    hyper: Sequence[Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], Slots]:
     copies = {name: value.clone() for name, value in parameters.items()}
     state = {
         name: {key: value.clone() for key, value in entries.items()}
         for name, entries in slots.items()
     }
-    twin = rebuilt(base, copies, groups, state, hyper)
+    branches = isinstance(base, optimizers.BRANCHES_UNLESS_CAPTURABLE)
+    form = {**_FOR_LOOP, "capturable": branches}
+    twin = rebuilt(base, copies, groups, state, hyper, form)
+    options = [_options(group) for group in twin.param_groups]
     for name, gradient in gradients.items():
         copies[name].grad = gradient
-    with torch.no_grad(), optimizers.as_if_compiling(), TensorScalars():
+    with (
+        torch.no_grad(),
+        optimizers.as_if_compiling(),
+        optimizers.with_tensor_extrema(base),
+        TensorScalars(),
+    ):
         type(base).step(twin)
-    return copies, {name: dict(twin.state[copies[name]]) for name in slots}
+    for before, group in zip(options, twin.param_groups, strict=True):
+        _refuse_changes(base, before, _options(group))
+    return copies, {name: dict(twin.state[copies[name]]) for name in slots or gradients}
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _refuse_changes(
+    base: torch.optim.Optimizer, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> None:
+    for key, value in after.items():
+        if key not in before or (value is not before[key] and value != before[key]):
+            raise StepConfigError(
+                f"{type(base).__name__} changes {key!r} of its parameter groups at every step; "
+                "in a graph that would stay what it was when the step was captured. Only what an "
+                "optimizer keeps as tensors in its state can change from step to step."
+            )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a base optimizer starts from.
+
+    Attributes:
+        slots: Its state, for every trained parameter.
+        is_special: Whether the first update is another function than the later ones: no value of
+            a slot that the optimizer makes in it would give the same.
+    """
+
+    slots: Slots
+    is_special: bool = False
 
 
 def initial_slots(
     base: torch.optim.Optimizer, named: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
-) -> Slots:
+) -> Start:
     """The slots that ``base`` starts from, for every parameter in ``groups``.
 
     State that is there already is taken. Otherwise the optimizer makes its own (some slots do not
-    start at zero); a slot that it only makes inside its first ``step`` starts at zero, and a trial
-    step on random gradients has to show that this gives the same result bit for bit.
+    start at zero); a slot that it only makes inside its first ``step`` starts at zero. Whether
+    that gives the same first update, bit for bit, a trial step on random gradients has to show;
+    where it does not (SGD with dampening), the start is a special one.
 
     Args:
         base: The base optimizer; it is not changed.
@@ -124,11 +202,11 @@ def initial_slots(
         groups: Names of the parameters that get a gradient, per group.
 
     Raises:
-        StepConfigError: A slot is not a tensor, or the zero start is not exact.
+        StepConfigError: A slot is not a tensor.
     """
     present = [name for names in groups for name in names if base.state.get(named[name])]
     if present:
-        return _present(base, named, groups)
+        return Start(_present(base, named, groups))
     generator = torch.Generator().manual_seed(0)
     gradients = {
         name: torch.randn(named[name].shape, generator=generator).to(named[name])
@@ -145,17 +223,12 @@ def initial_slots(
             for key, value in entries.items()
         }
     again, slots = _after(base, named, groups, gradients, start)
-    for name in stepped:
-        same = torch.equal(again[name], stepped[name]) and all(
-            torch.equal(slots[name][key], value) for key, value in lazy[name].items()
-        )
-        if not same:
-            raise StepConfigError(
-                f"{type(base).__name__} treats its first step specially ({name}: "
-                f"{', '.join(lazy[name])} made in that step do not start at zero; for SGD this is "
-                "dampening != 0). Take one eager step before capturing, or drop that option."
-            )
-    return start
+    same = all(
+        torch.equal(again[name], stepped[name])
+        and all(torch.equal(slots[name][key], value) for key, value in lazy[name].items())
+        for name in stepped
+    )
+    return Start(start, is_special=not same)
 
 
 def _after(

@@ -18,6 +18,7 @@ from sam_export.artifact.contract import (
     NEXT,
     SEED,
     STAGE,
+    STARTED,
     STEP,
     HyperSpec,
     ProgramSpec,
@@ -120,10 +121,7 @@ class _Capture:
         self.return_outputs = return_outputs
         self.portable = portable
         self.stages = stages
-        groups = step.optimizer.param_groups
-        self.hyper = tuple(
-            HyperSpec(name, tuple(float(group[name]) for group in groups)) for name in ("lr", "rho")
-        )
+        self.hyper = tuple(HyperSpec(name, tuple(now)) for name, now in step.hyper().items())
         self.output_tree: Any = None
         self.drew = False
         self.programs: dict[str, torch.export.ExportedProgram] = {}
@@ -220,12 +218,15 @@ class _Capture:
                 watch=paths.watch,
                 draws=draws,
                 stages=stages,
+                started=given.get(STARTED),
             )
         result: list[Produced] = [(name, "metric", getattr(passes, name)) for name in METRICS]
         if self.return_outputs:
             result += [(name, "output", leaf) for name, leaf in tree.flatten(passes.outputs)[0]]
         result += [(STAGE + name, "stage", value) for name, value in (stages or {}).items()]
         after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
+        if STARTED in given:
+            after[STARTED] = given[STARTED].clamp(min=1)  # a reader, so that it is written last
         if draws is not None:
             after |= {SEED: given[SEED], STEP: given[STEP] + 1}
         return result + [

@@ -36,9 +36,10 @@ def refuse_wrong_flow(
     """The graph holds two passes: what depends on what is as one SAM step has it.
 
     The loss comes before the perturbation, so it depends on no hyper-parameter; the perturbed loss
-    depends on ``rho``; each new trained parameter depends on ``lr``, and on ``rho`` and the batch
-    if its gradient depends on the parameters at all. (Behind a rounding it is zero, in a linear
-    loss it is the same everywhere.)
+    depends on ``rho``; each new trained parameter depends on ``lr`` or on a slot of its own (ASGD
+    keeps its step size in one, Rprop knows no other), and on ``rho`` and the batch if its gradient
+    depends on the parameters at all. (Behind a rounding it is zero, in a linear loss it is the same
+    everywhere.)
 
     Raises:
         CaptureError: Naming the first output for which that does not hold.
@@ -73,7 +74,8 @@ def refuse_wrong_flow(
     need("perturbed_loss", bit["hyper.rho"], "rho")
     for name in trained:
         new = f"next.{name}"
-        need(new, bit["hyper.lr"], "lr: the base update is missing")
+        own = sum(bit[s.name] for s in contract.state if s.role == "slot" and s.parameter == name)
+        need(new, bit["hyper.lr"] | own, "lr: the base update is missing")
         if depends[new] & (first_pass | bit["hyper.rho"]):
             need(new, bit["hyper.rho"], "rho: the second pass is missing")
             need(new, batch, "the batch")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sam_export.artifact.contract import SEED, STEP, TensorSpec
+from sam_export.artifact.contract import SEED, STARTED, STEP, TensorSpec
 from sam_export.errors import CaptureError, SamExportError, StepConfigError
 from sam_export.step.batch import BatchLayout
 from sam_export.step.train_step import TrainStep
@@ -44,7 +44,7 @@ def dtype_name(name: str, tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Parameters, then buffers, then slots, then seed and step number.
+    """Parameters, then buffers, then slots, then counters and the seed.
 
     Attributes:
         specs: One per state tensor, in the order of the graph inputs.
@@ -65,7 +65,7 @@ class StateLayout:
 
     def without_draws(self) -> StateLayout:
         """The layout of a step that draws no random numbers: no seed, no step number."""
-        specs = tuple(spec for spec in self.specs if spec.role not in ("rng", "counter"))
+        specs = tuple(spec for spec in self.specs if spec.name not in (SEED, STEP))
         return replace(
             self, specs=specs, values={spec.name: self.values[spec.name] for spec in specs}
         )
@@ -107,7 +107,8 @@ def slot_name(parameter: str, key: str) -> str:
 
 def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> StateLayout:
     """The state of ``step``: every parameter and buffer of the model, every slot of the optimizer,
-    and, where random numbers come from Philox, seed and step number.
+    where its first update is a special one, whether that was, and, where random numbers come from
+    Philox, seed and step number.
 
     Raises:
         StepConfigError: The loss uses no trained parameter, or the optimizer's slots cannot be
@@ -142,7 +143,8 @@ def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor])
     for name, value in buffers.items():
         add(TensorSpec(name, "buffer", dtype_name(name, value), tuple(value.shape)), value)
 
-    slots = initial_slots(step.optimizer.base_optimizer, named, groups)
+    start = initial_slots(step.optimizer.base_optimizer, named, groups)
+    slots = start.slots
     scalar = {"step"} | {
         key
         for name, entries in slots.items()
@@ -165,6 +167,8 @@ def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor])
                 eager_dtype=eager if eager != dtype else None,
             )
             add(spec, value)
+    if start.is_special:
+        add(TensorSpec(STARTED, "counter", "int64", ()), torch.tensor(0))
     if step.semantics.generator == "philox":
         add(TensorSpec(SEED, "rng", "int64", ()), torch.tensor(step.seed))
         add(TensorSpec(STEP, "counter", "int64", ()), torch.tensor(step.step_count))
