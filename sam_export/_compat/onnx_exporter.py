@@ -94,9 +94,24 @@ def decomposed(
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
         forget_history(program.graph_module)
         result: torch.export.ExportedProgram = program.run_decompositions(table)
+        _float_bounds(result.graph_module)
         _fx_passes.insert_type_promotion_nodes(result.graph_module)
         result._graph_module = _fx_passes.remove_assertion_nodes(result.graph_module)
     return result
+
+
+def _float_bounds(graph_module: torch.fx.GraphModule) -> None:
+    """Writes ``clamp(x, 1e-6, 50)`` of a floating ``x`` with two floats.
+
+    The pass that inserts type promotions makes a tensor of the one that is an int, and then finds
+    no overload for it (torch 2.13).
+    """
+    for node in graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.clamp.default
+    ):
+        if node.args[0].meta["val"].is_floating_point():
+            x, *bounds = node.args
+            node.args = (x, *(float(b) if type(b) is int else b for b in bounds))
 
 
 def decomposition_of(target: Any) -> Callable[..., Any]:

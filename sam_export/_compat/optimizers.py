@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,12 +50,12 @@ def init_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def with_tensor_extrema(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """``min`` and ``max`` take tensors in the module that ``optimizer``'s class is written in.
+def with_tensor_numbers(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """``min``, ``max`` and ``math`` take tensors in the module that ``optimizer`` is written in.
 
-    Adafactor compares numbers that it has just read out of tensors; where those stay tensors,
-    Python's own functions would ask for the truth of a comparison. An Adafactor that uses
-    ``torch.minimum`` would replace this.
+    Optimizers compute step sizes in Python, from numbers that they have read out of tensors or keep
+    as numbers; where those stay tensors, Python's own functions would read them. Optimizers that
+    use ``torch.minimum`` and ``torch.sqrt`` would replace this.
     """
     # Classes of torch.optim give another module as theirs; their functions know the right one.
     spaces = {
@@ -63,26 +64,40 @@ def with_tensor_extrema(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
         for space in [inspect.unwrap(kind.__init__).__globals__]
     }
-    names = {"min": torch.minimum, "max": torch.maximum}
+    names = ("min", "max", "math")
     before = [(space, {name: space.get(name) for name in names}) for space in spaces.values()]
-
-    def extremum(plain: Callable[..., Any], of_tensors: Callable[..., Any]) -> Callable[..., Any]:
-        def chosen(*values: Any, **options: Any) -> Any:
-            if len(values) != 2 or not any(isinstance(value, Tensor) for value in values):
-                return plain(*values, **options)
-            return of_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in values))
-
-        return chosen
-
     try:
         for space, own in before:
-            for name, function in names.items():
-                space[name] = extremum(own[name] or getattr(builtins, name), function)
+            space["min"] = _of_tensors(own["min"] or builtins.min, torch.minimum)
+            space["max"] = _of_tensors(own["max"] or builtins.max, torch.maximum)
+            if own["math"] is math:
+                space["math"] = _TensorMath()
         yield
     finally:
         for space, own in before:
             for name, value in own.items():
                 if value is None:
-                    del space[name]
+                    space.pop(name, None)
                 else:
                     space[name] = value
+
+
+class _TensorMath:
+    """Python's ``math``, with ``torch``'s function of that name where an argument is a tensor."""
+
+    def __getattr__(self, name: str) -> Any:
+        plain, of_tensors = getattr(math, name), getattr(torch, name, None)
+        if not callable(plain) or of_tensors is None:
+            return plain
+        return _of_tensors(plain, of_tensors)
+
+
+def _of_tensors(plain: Callable[..., Any], of_tensors: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls the second where an argument is a tensor, in float64, as Python's numbers are."""
+
+    def chosen(*values: Any, **options: Any) -> Any:
+        if options or not any(isinstance(value, Tensor) for value in values):
+            return plain(*values, **options)
+        return of_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in values))
+
+    return chosen

@@ -72,7 +72,15 @@ class Oracle:
         decay_in_ascent: bool = False,
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
-        self.model, self.loss_fn, self.optimizer = copy.deepcopy((model, loss_fn, base_optimizer))
+        memo: dict[int, Any] = {}
+        self.model, self.loss_fn, self.optimizer = copy.deepcopy(
+            (model, loss_fn, base_optimizer), memo
+        )
+        # Copying a torch optimizer leaves out what a class of somebody else's keeps beside its
+        # groups and its state.
+        for name, value in vars(base_optimizer).items():
+            if name not in vars(self.optimizer):
+                setattr(self.optimizer, name, copy.deepcopy(value, memo))
         self.radius = "sam_rho" if "rho" in base_optimizer.defaults else "rho"
         self.num_targets = num_targets
         self.running_stats = running_stats
@@ -92,6 +100,8 @@ class Oracle:
         """Whether a snapshot holds the gradients and perturbations of the last step."""
         self.stages: dict[str, Tensor] = {}
         self.is_double = False
+        self._numbers: dict[str, type] = {}
+        """Slots that the optimizer keeps as Python numbers, and of which type."""
         self.without_gradient: set[str] = set()
         """Parameters to which the last step gave no gradient: frozen, unused, or not optimized."""
 
@@ -277,7 +287,7 @@ class Oracle:
         """Copies of parameters and buffers by torch's names, and slots as ``slot.<key>.<name>``.
 
         Raises:
-            TypeError: The optimizer keeps a number where a tensor is expected.
+            TypeError: The optimizer keeps something else than tensors and numbers.
         """
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         state = {name: _array(value) for name, value in named.items()}
@@ -288,6 +298,8 @@ class Oracle:
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     state[f"slot.{key}.{name}"] = _array(value)
+                elif _is_number(value):
+                    state[f"slot.{key}.{name}"] = np.array(value, np.float64)
                 elif value is not None:
                     raise TypeError(f"state[{key!r}] of {name!r} is a {type(value).__name__}")
         return state
@@ -302,7 +314,8 @@ class Oracle:
             self.seed, self.step_count = int(state["rng.seed"]), int(state["counter.step"])
         for name, p in self.model.named_parameters():
             entries = self.optimizer.state.pop(p, {})
-            kept = {key: v for key, v in entries.items() if not isinstance(v, Tensor)}
+            self._numbers |= {key: type(v) for key, v in entries.items() if _is_number(v)}
+            kept: dict[str, Any] = {key: None for key, v in entries.items() if v is None}
             for full, array in state.items():
                 key = full[len("slot.") : -len(name) - 1]
                 if full == f"slot.{key}.{name}" and "." not in key:
@@ -311,7 +324,9 @@ class Oracle:
                         value = value.double()
                     # torch.optim keeps its step counters on the CPU, wherever the parameter lives.
                     kept[key] = value if key == "step" else value.to(p.device)
-            if kept:
+                    if key in self._numbers:
+                        kept[key] = self._numbers[key](value.item())
+            if any(value is not None for value in kept.values()):
                 self.optimizer.state[p] = kept
 
     @contextmanager
@@ -369,6 +384,10 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
     norm: Tensor = torch.norm(torch.stack([t.norm().to(tensors[0].device) for t in wide]))
     return norm
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _array(value: Tensor) -> NDArray[Any]:

@@ -147,13 +147,15 @@ def _applied(
     with (
         torch.no_grad(),
         optimizers.as_if_compiling(),
-        optimizers.with_tensor_extrema(base),
+        optimizers.with_tensor_numbers(base),
         TensorScalars(),
     ):
         type(base).step(twin)
     for before, group in zip(options, twin.param_groups, strict=True):
         _refuse_changes(base, before, _options(group))
-    return copies, {name: dict(twin.state[copies[name]]) for name in slots or gradients}
+    return copies, {
+        name: _tensors(base, name, twin.state[copies[name]]) for name in slots or gradients
+    }
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +219,6 @@ def initial_slots(
     stepped, lazy = _after(base, named, groups, gradients, {})
     start: Slots = {}
     for name, entries in lazy.items():
-        _check_tensors(base, name, entries)
         start[name] = {
             key: made.get(name, {}).get(key, torch.zeros_like(value))
             for key, value in entries.items()
@@ -252,7 +253,9 @@ def _after(
             optimizers.init_group(twin, group)
     else:
         type(base).step(twin)
-    return copies, {name: dict(twin.state[copied]) for name, copied in copies.items()}
+    return copies, {
+        name: _tensors(base, name, twin.state[copied]) for name, copied in copies.items()
+    }
 
 
 def _present(
@@ -267,15 +270,23 @@ def _present(
                     f"{type(base).__name__} holds state for some parameters but not for {name!r}. "
                     "Take one step in which every trained parameter has a gradient, or none."
                 )
-            _check_tensors(base, name, entries)
-            slots[name] = {key: value.detach().clone() for key, value in entries.items()}
+            slots[name] = {
+                key: value.detach().clone() for key, value in _tensors(base, name, entries).items()
+            }
     return slots
 
 
-def _check_tensors(base: torch.optim.Optimizer, name: str, entries: Mapping[str, Any]) -> None:
+def _tensors(base: torch.optim.Optimizer, name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The slots of a parameter as tensors; a number becomes a float64 scalar, None is no slot."""
+    found = {}
     for key, value in entries.items():
-        if not isinstance(value, Tensor):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[key] = torch.tensor(value, dtype=torch.float64)
+        elif isinstance(value, Tensor):
+            found[key] = value
+        elif value is not None:
             raise StepConfigError(
                 f"{type(base).__name__} keeps state[{name!r}][{key!r}] as a "
-                f"{type(value).__name__}; only tensors can be part of a graph's state."
+                f"{type(value).__name__}; only tensors and numbers can be part of a graph's state."
             )
+    return found

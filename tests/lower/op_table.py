@@ -241,6 +241,7 @@ ELEMENTWISE = [
     Row("replication_pad3d", lambda x: F.pad(x, (1, 0, 2, 1, 0, 1), "replicate"),
         [_x(1, 2, 3, 4, 5)]),
     Row("_trilinear", lambda x, y, w: F.bilinear(x, y, w), [_x(4, 3), _x(4, 2), _x(5, 3, 2)]),
+    Row("clamp, an int beside a float", lambda x: torch.clamp(x, -0.5, 1), [_x(3, 4)]),
 ]  # fmt: skip
 
 _SCORES = _x(4, 5)

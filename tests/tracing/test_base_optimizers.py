@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -165,3 +166,57 @@ def test_an_option_that_changes_by_itself_is_refused() -> None:
     step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam)
     with pytest.raises(sx.StepConfigError, match="CountsInItsGroup changes 'k'"):
         sx.capture(step, data(1)[0])
+
+
+class InTheOldStyle(optim.Optimizer):
+    """Adam as written before torch kept step counts in tensors, and as many still write theirs."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+        self.eps = 1e-8  # beside the groups: copies of an optimizer do not have it
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            one, two = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if len(state) == 0:
+                    state["step"] = 0
+                    state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+                    state["unused"] = None
+                state["step"] += 1
+                state["mean"].mul_(one).add_(p.grad, alpha=1 - one)
+                state["square"].mul_(two).addcmul_(p.grad, p.grad, value=1 - two)
+                size = group["lr"] * math.sqrt(1 - two ** state["step"])
+                size = min(size / (1 - one ** state["step"]), 0.5)
+                denominator = state["square"].sqrt().add_(self.eps)
+                p.addcdiv_(state["mean"], denominator, value=-size)
+
+
+def test_an_optimizer_that_counts_in_python_numbers() -> None:
+    """In the graph the number is a float64 scalar; the parity check's oracle takes it as it is."""
+    model = model_for(InTheOldStyle)
+    sam = sx.SAM(model.parameters(), InTheOldStyle, rho=0.05, lr=0.01)
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam)
+    report = sx.check_parity(step, data(3), targets=["torchscript"], num_steps=6, isolate=False)
+    assert report.ok, str(report)
+    captured = sx.capture(step, data(1)[0])
+    runner = Runner(captured)
+    start = {name: value.clone() for name, value in runner.state.items()}
+    base = InTheOldStyle(model.parameters(), lr=0.01)
+    for x, y in data(6):
+        runner.step((x, y))
+        plain_step(model, base, 0.05, x, y)
+        assert worst_change(start, runner.state, state_of(model, base)) < 1e-12
+    session = sx.load(captured, target="torchscript")
+    session.load_from(model, base)
+    assert session.state["slot.step.0.weight"] == 6
+
+
+@pytest.mark.parametrize("kind", [optim.LBFGS, optim.SparseAdam])
+def test_what_cannot_be_a_base_optimizer_is_refused(kind: type[optim.Optimizer]) -> None:
+    with pytest.raises(sx.StepConfigError, match=f"{kind.__name__} cannot be the base optimizer"):
+        sx.SAM(model_for(kind).parameters(), kind, lr=0.1)
