@@ -131,6 +131,8 @@ class StepContract:
         output_tree: Structure of the model's output (see `artifact.tree`).
         groups: Names of the parameters of each optimizer parameter group.
         optimizer: Name of the base optimizer's class, for people.
+        baked: The base optimizer's other options, which are constants of the graphs: per parameter
+            group, name to a JSON value. They are those that mean something for the result.
     """
 
     state: tuple[TensorSpec, ...]
@@ -142,6 +144,7 @@ class StepContract:
     output_tree: Any
     groups: tuple[tuple[str, ...], ...]
     optimizer: str
+    baked: tuple[dict[str, Any], ...] = ()
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `ArtifactError` when there is none."""
@@ -198,6 +201,7 @@ class StepContract:
                 output_tree=values["output_tree"],
                 groups=tuple(tuple(group) for group in values["groups"]),
                 optimizer=values["optimizer"],
+                baked=tuple(dict(group) for group in values["baked"]),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error

@@ -43,6 +43,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the artifact in DIR")
     add_dynamic(parser)
     parser.add_argument(
+        "--dynamic-hyper",
+        metavar="A,B",
+        default="",
+        help="options of the base optimizer that can change from step to step, besides lr and rho: "
+        "weight_decay,momentum",
+    )
+    parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         default="cpu",
@@ -71,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             example,
             dynamic=dynamic,
             return_outputs=args.return_outputs,
+            dynamic_hyper=[name.strip() for name in args.dynamic_hyper.split(",") if name.strip()],
         )
     with stage(f"lower to {args.target} and write"):
         artifact = sam_export.export(

@@ -12,7 +12,7 @@ from sam_export.cli.console import format_bytes, print_table
 from sam_export.cli.operators import operators_of
 
 if TYPE_CHECKING:
-    from sam_export.artifact.contract import TensorSpec
+    from sam_export.artifact.contract import StepContract, TensorSpec
     from sam_export.artifact.folder import Artifact
 
 _EPILOG = """\
@@ -98,6 +98,7 @@ def _print_overview(artifact: Artifact) -> None:
         ["size", format_bytes(artifact.size)],
         ["base optimizer", f"{contract.optimizer} over {groups} parameters"],
         ["hyper-parameters", hyper],
+        ["constants", _constants(contract)],
         ["batch", f"a {contract.batch_kind} of {', '.join(spec.name for spec in contract.batch)}"],
         ["symbolic sizes", dims or "none"],
         ["semantics", semantics],
@@ -106,6 +107,15 @@ def _print_overview(artifact: Artifact) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}")
+
+
+def _constants(contract: StepContract) -> str:
+    """The base optimizer's options that are no graph inputs; per group where groups differ."""
+    names = dict.fromkeys(name for group in contract.baked for name in group)
+    values = {
+        name: dict.fromkeys(str(group.get(name)) for group in contract.baked) for name in names
+    }
+    return ", ".join(f"{name} {' / '.join(found)}" for name, found in values.items()) or "none"
 
 
 def _print_programs(artifact: Artifact) -> None:

@@ -147,7 +147,7 @@ def _parameters(captured: CapturedStep, training: TrainingProgram) -> tuple[list
         for item in captured.contract.state
         if item.name not in training.trained and item.name not in in_optimizer
     ]
-    frozen.append(HYPER + "rho")
+    frozen += [HYPER + item.name for item in captured.contract.hyper if item.name != "lr"]
     if training.plan.kind == "parameters":
         frozen.append(HYPER + "lr")
     return list(training.trained), frozen

@@ -17,6 +17,7 @@ from sam_export.parity.artifacts import artifact_for
 from sam_export.parity.child import ChildSession
 from sam_export.parity.oracle import Batch
 from sam_export.parity.rollout import Run
+from sam_export.step.hyper import baked_of
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 
@@ -66,9 +67,8 @@ def existing(
     with run.guarded("open"):
         artifact = open_artifact(folder)
         notes += [f"{name}: {line}" for line in other_choices(artifact, step)]
-        session = _opened(
-            folder, device, isolate, bool(artifact.details.get("random_ops")), step.hyper()
-        )
+        hyper = step.hyper([spec.name for spec in artifact.contract.hyper])
+        session = _opened(folder, device, isolate, bool(artifact.details.get("random_ops")), hyper)
         run.artifact, run.session = folder, session
     try:
         yield run
@@ -86,7 +86,7 @@ def other_choices(artifact: Artifact, step: TrainStep) -> list[str]:
     base = type(step.optimizer.base_optimizer).__name__
     if artifact.contract.optimizer != base:
         lines.append(f"exported with {artifact.contract.optimizer}, the step has {base}")
-    hyper = step.hyper()
+    hyper = step.hyper([spec.name for spec in artifact.contract.hyper])
     for spec in artifact.contract.hyper:
         wanted = tuple(hyper.get(spec.name, ()))
         if tuple(spec.defaults) != wanted:
@@ -94,6 +94,14 @@ def other_choices(artifact: Artifact, step: TrainStep) -> list[str]:
                 f"exported with {spec.name} {_listed(spec.defaults)}; compared with "
                 f"{_listed(wanted)}, as the step has it"
             )
+    for index, (made, now) in enumerate(
+        zip(artifact.contract.baked, baked_of(step.optimizer, hyper), strict=False)
+    ):
+        lines += [
+            f"exported with {name}={value!r} in group {index}, the step has {now.get(name)!r}"
+            for name, value in made.items()
+            if now.get(name) != value
+        ]
     state = artifact.state()
     named = {**dict(step.model.named_parameters()), **dict(step.model.named_buffers())}
     start = {name: value.detach().cpu().numpy() for name, value in named.items()}

@@ -57,13 +57,15 @@ class EagerState:
         self.slots = self._match_slots(contract)
         # A base optimizer with a rho of its own (Adadelta) holds the radius under another name.
         radius = "sam_rho" if "rho" in self.base.defaults else "rho"
-        keys = {spec.name: radius if spec.name == "rho" else spec.name for spec in contract.hyper}
+        renamed = {"rho": radius, "base_rho": "rho"}
+        keys = {spec.name: renamed.get(spec.name, spec.name) for spec in contract.hyper}
         self.settings = [
             (name, index, group, key)
             for name, key in keys.items()
             for index, group in enumerate(self.base.param_groups)
             if key in group or name != "rho"  # without its SAM, the base has no radius
         ]
+        self._refuse(self._changed(contract))
         absent = {name for name, _, group, key in self.settings if key not in group}
         self._refuse([f"a parameter group has no {name!r}" for name in sorted(absent)])
 
@@ -112,6 +114,23 @@ class EagerState:
             sizes, wanted = list(map(len, found)), list(map(len, contract.groups))
             line = f"its groups hold {sizes} of the trained parameters, the step's {wanted}"
             self._refuse([f"{line}, each its own ones; make it from this model, in these groups"])
+
+    def _changed(self, contract: StepContract) -> list[str]:
+        """Options that are constants of the graphs, and others here."""
+        lines = []
+        groups = self.base.param_groups
+        for index, (baked, group) in enumerate(zip(contract.baked, groups, strict=False)):
+            for name, value in baked.items():
+                found = group.get(name, value)
+                if hasattr(found, "tolist"):
+                    found = found.tolist()
+                found = list(found) if isinstance(found, tuple) else found
+                if found != value and isinstance(value, (bool, int, float, list)):
+                    lines.append(
+                        f"{name} of group {index} is {found!r} and in the graph {value!r}, a "
+                        f"constant unless captured with dynamic_hyper=[{name!r}]"
+                    )
+        return lines
 
     def _match_slots(self, contract: StepContract) -> list[tuple[TensorSpec, torch.Tensor, Any]]:
         held = {

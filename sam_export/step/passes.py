@@ -27,7 +27,7 @@ class Group:
     """One parameter group: names of its parameters and its weight decay."""
 
     names: tuple[str, ...]
-    weight_decay: float = 0.0
+    weight_decay: float | Tensor = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,13 @@ def two_passes(
     if semantics.decay_in_ascent:
         for group in groups:
             for name in group.names:
-                if name in gradients and group.weight_decay:
-                    gradients[name] = gradients[name].add(
-                        parameters[name], alpha=group.weight_decay
-                    )
+                decay, w = group.weight_decay, parameters[name]
+                if name not in gradients:
+                    continue
+                if isinstance(decay, Tensor):
+                    gradients[name] = gradients[name] + w * decay.to(w)
+                elif decay:
+                    gradients[name] = gradients[name].add(w, alpha=decay)
 
     norms = _norms(list(gradients.values()))
     grad_norm = torch.linalg.vector_norm(norms)

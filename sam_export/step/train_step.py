@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
+from sam_export.step.hyper import group_key, hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
 from sam_export.step.passes import Group, Objective, Passes, two_passes
 from sam_export.step.sam import SAM
@@ -115,13 +117,9 @@ class TrainStep(nn.Module):
             for names, decay in zip(self.group_names(), decays, strict=True)
         ]
 
-    def hyper(self) -> dict[str, list[float]]:
-        """Current ``lr`` and ``rho`` of each parameter group."""
-        keys = {"lr": "lr", "rho": self.optimizer.radius_key}
-        return {
-            name: [float(group[key]) for group in self.optimizer.param_groups]
-            for name, key in keys.items()
-        }
+    def hyper(self, names: Sequence[str] = ("lr", "rho")) -> dict[str, list[float]]:
+        """Current hyper-parameters of each parameter group; see `step.hyper.hyper_of`."""
+        return hyper_of(self.optimizer, names)
 
     def layout(self, batch: Sequence[Any] | Mapping[str, Any]) -> BatchLayout:
         """How a batch like this one is divided into inputs and targets."""
@@ -172,7 +170,7 @@ class TrainStep(nn.Module):
             parameters: All parameters by name.
             buffers: All buffers by name.
             slots: State of the base optimizer by parameter name and slot key.
-            hyper: ``lr`` and ``rho``: float64[groups].
+            hyper: ``lr``, ``rho`` and whatever else is no constant: float64[groups] each.
             layout: How the batch is divided.
             values: The batch, in the order of ``layout.names``.
             at: Told the name of each stage before it begins.
@@ -187,6 +185,9 @@ class TrainStep(nn.Module):
             hold the update whether or not ``passes.finite``: what to do then is the caller's part.
         """
         groups = self.groups()
+        if "weight_decay" in hyper:
+            decays = hyper["weight_decay"].unbind()
+            groups = [replace(g, weight_decay=d) for g, d in zip(groups, decays, strict=True)]
         objective = self.objective(layout, values)
 
         def watched(
@@ -225,7 +226,14 @@ class TrainStep(nn.Module):
                 passes.gradients,
                 slots,
                 names,
-                [{"lr": lr} for lr in hyper["lr"].unbind()],
+                [
+                    {
+                        group_key(self.optimizer, name): value[i]
+                        for name, value in hyper.items()
+                        if name != "rho"
+                    }
+                    for i in range(len(groups))
+                ],
                 started,
             )
         return passes, updated, new_slots

@@ -22,6 +22,12 @@ Slots = dict[str, dict[str, Tensor]]
 _FOR_LOOP = {"foreach": False, "fused": False, "capturable": False}
 
 
+# ``__bool__`` is "not zero"; comparisons of options with anything but zero occur nowhere.
+_ASKS_FOR_ZERO = {"__bool__": True, "ne": True, "__ne__": True, "gt": True, "__gt__": True,
+                  "eq": False, "__eq__": False, "le": False, "__le__": False}  # fmt: skip
+"""Comparisons with 0, and what they give for an option that is a graph input."""
+
+
 class TensorScalars(TorchFunctionMode):
     """Lets numbers of an update be tensors.
 
@@ -30,7 +36,15 @@ class TensorScalars(TorchFunctionMode):
     ``p.add_(d * -lr)``, which is the same product: ATen multiplies in the result's dtype too. For
     the same reason ``x.item()`` is ``x`` in float64, as Python's numbers are, and the weight of
     ``lerp`` takes the operand's dtype.
+
+    Args:
+        options: Options of the parameter groups that are tensors. ``if weight_decay != 0`` is true
+            of them: whatever the number is, the graph computes with it.
     """
+
+    def __init__(self, options: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self._options = options
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -38,6 +52,8 @@ class TensorScalars(TorchFunctionMode):
         """Rewrites a call that has, or wants, a number."""
         kwargs = kwargs or {}
         name = func.__name__.rstrip("_")
+        if name in _ASKS_FOR_ZERO and any(args[0] is option for option in self._options):
+            return _ASKS_FOR_ZERO[name]
         if name == "item":
             return args[0].double()
         if name == "lerp" and len(args) == 3 and isinstance(args[2], Tensor):
@@ -105,7 +121,8 @@ def apply_update(
         gradients: Gradients by name; a parameter without one stays as it is.
         slots: Optimizer state by parameter name and slot key.
         groups: Names of the parameters of each group.
-        hyper: Tensor-valued options of each group (``lr``), float64 scalars.
+        hyper: Tensor-valued options of each group (``lr``), float64 scalars. Where the optimizer
+            asks whether one of them is zero, it is taken not to be.
         started: Where the first update is a special one (`Start.is_special`): a scalar, 0 before
             it. Both updates are computed then, and one is selected.
     """
@@ -148,7 +165,7 @@ def _applied(
         torch.no_grad(),
         optimizers.as_if_compiling(),
         optimizers.with_tensor_numbers(base),
-        TensorScalars(),
+        TensorScalars([value for own in hyper for value in own.values()]),
     ):
         type(base).step(twin)
     for before, group in zip(options, twin.param_groups, strict=True):

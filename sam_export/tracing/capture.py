@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,6 +31,7 @@ from sam_export.errors import CaptureError
 from sam_export.step.batch import BatchLayout, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
+from sam_export.step.hyper import baked_of
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import BaseOptimizer, CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
@@ -55,6 +56,7 @@ def capture(
     return_outputs: bool = False,
     portable: bool = True,
     stages: bool = False,
+    dynamic_hyper: Collection[str] = (),
 ) -> CapturedStep:
     """Traces one whole SAM step into one functional ATen graph.
 
@@ -72,6 +74,9 @@ def capture(
         stages: Whether the step also returns both gradients and the perturbation of every
             parameter, to see where a difference begins: ``StepResult.stages``. They change what a
             runtime fuses, so a verdict is taken without them.
+        dynamic_hyper: Numeric options of the base optimizer, besides ``lr``, that are graph inputs
+            too: ``{"weight_decay", "momentum"}``. The graph computes with them, 0 or not (a buffer
+            of momentum 0 is the gradient). Others are constants, which a session refuses to change.
 
     Returns:
         The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``.
@@ -85,15 +90,15 @@ def capture(
             f"{type(step.model).__name__} is in eval mode; a training step would have no dropout "
             "and frozen BatchNorm. Call model.train() before capture."
         )
+    names = list(dict.fromkeys(["lr", "rho", *dynamic_hyper]))
+    hyper = tuple(HyperSpec(name, tuple(now)) for name, now in step.hyper(names).items())
     batch = unwrapped(example_batch)
     layout = step.layout(batch)
-    values = layout.tensors(batch)
-    dims = dims_of(dynamic, layout.names, values)
-    values = at_least_two(values, dims)
+    dims = dims_of(dynamic, layout.names, layout.tensors(batch))
+    values = at_least_two(layout.tensors(batch), dims)
     with _kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
-        return _Capture(step, layout, values, dims, state, return_outputs, portable, stages).run()
-
+        XX
 
 Produced = tuple[str, Role, Tensor]
 """One output of a traced function: its name, role and (fake) value."""
@@ -112,6 +117,7 @@ class _Capture:
         return_outputs: bool,
         portable: bool,
         stages: bool,
+        hyper: tuple[HyperSpec, ...],
     ) -> None:
         self.step = step
         self.layout = layout
@@ -121,7 +127,7 @@ class _Capture:
         self.return_outputs = return_outputs
         self.portable = portable
         self.stages = stages
-        self.hyper = tuple(HyperSpec(name, tuple(now)) for name, now in step.hyper().items())
+        self.hyper = hyper
         self.output_tree: Any = None
         self.drew = False
         self.programs: dict[str, torch.export.ExportedProgram] = {}
@@ -154,6 +160,7 @@ class _Capture:
             output_tree=self.output_tree,
             groups=tuple(tuple(group.names) for group in self.step.groups()),
             optimizer=type(self.step.optimizer.base_optimizer).__name__,
+            baked=tuple(baked_of(self.step.optimizer, [spec.name for spec in self.hyper])),
         )
         program = contract.program("step")
         refuse_wrong_flow(
@@ -383,9 +390,9 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kernels(portable: bool) -> Iterator[None]:
-    if not portable:
-        yield
-        return
-    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with math, tracing.without_mkldnn():
+    with contextlib.ExitStack() as stack:
+        if portable:
+            backend = torch.nn.attention.SDPBackend.MATH
+            stack.enter_context(torch.nn.attention.sdpa_kernel(backend))
+            stack.enter_context(tracing.without_mkldnn())
         yield
