@@ -71,8 +71,14 @@ def _returning(
 
 def appended(graph: fx.Graph, target: Any, *arguments: Any, **named: Any) -> fx.Node:
     """A new node before the end of ``graph``, with the shape and dtype that it will have."""
-    end = graph.output_node()
-    with graph.inserting_before(end):
+    return inserted(graph, graph.output_node(), target, *arguments, **named)
+
+
+def inserted(
+    graph: fx.Graph, before: fx.Node, target: Any, *arguments: Any, **named: Any
+) -> fx.Node:
+    """A new node before another one, with the shape and dtype that it will have."""
+    with graph.inserting_before(before):
         node = graph.call_function(target, arguments, named)
 
     def value(argument: Any) -> Any:

@@ -3,9 +3,9 @@
 For every state tensor the *change* of a step or of a whole rollout is compared: after one step a
 wrong step and a right one have nearly equal weights (section 6.1 of the design). The judge is the
 oracle in float64. How far a right step may be from it is measured, not guessed: the *noise* of a
-tensor is the largest distance from the judge among several oracle runs in the model's own dtype,
-one as it is and three with permuted batches. In float64 that is the oracle's own spread; below
-float64 it is eager's own distance to float64.
+tensor is the largest distance from the judge among several oracle runs in the model's own dtype:
+eager as it is, and eager with the sums of a plain loop, its batch as it is and permuted. In
+float64 that is the oracle's own spread; below float64 it is eager's own distance to float64.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,12 @@ from sam_export.parity.disturb import (
     map_batch,
     permuted,
 )
+from sam_export.parity.one_by_one import OneByOne
 from sam_export.parity.oracle import Batch, Oracle
 from sam_export.parity.tolerances import Tolerances
+
+_FIRST_DISTURBED = 2
+"""The runs before it see weights and batch as they are: eager, and eager with plain sums."""
 
 KEPT_BYTES = 2**28
 """Room for the rounds that the next target is compared with too; others are run again for it."""
@@ -70,11 +74,14 @@ class Panel:
     float64, and some models cannot run in float64: eager in the model's own dtype is the judge
     then, and `notes` says so.
 
-    The disturbed runs see their batches permuted. Below float64 their weights and inputs are also
-    off by up to one rounding: an algorithm is as good as can be if its result is the exact one for
-    data so disturbed (backward stability), and one kernel's own error may be luckily small. The
-    same is done in float64 where permuting is no mere change of rounding (random numbers, a loss
-    that depends on the order, fewer than three examples); `notes` says so.
+    All runs but the first add up as a plain loop does (`OneByOne`): some of eager's own kernels
+    are more exact than a right step has to be, and a loop's error is no error of data. One of them
+    sees weights and batch as they are. The disturbed runs see their batches permuted. Below
+    float64 their weights and inputs are also off by up to one rounding: an algorithm is as good as
+    can be if its result is the exact one for data so disturbed (backward stability), and one
+    kernel's own error may be luckily small. The same is done in float64 where permuting is no mere
+    change of rounding (random numbers, a loss that depends on the order, fewer than three
+    examples); `notes` says so.
 
     Args:
         make: Makes a fresh oracle at the start state.
@@ -170,11 +177,11 @@ class Panel:
         """One step of every oracle run from ``state``."""
         self.judge.load(state)
         results = [self._stepped(self.judge, state, batch, step)]
-        for variant in range(self.permutations + 1):
+        for variant in range(_FIRST_DISTURBED + self.permutations):
             start = self._disturbed_state(state, variant, step)
             self._eager.load(start)
             disturbed = self._disturbed_batch(batch, variant, step)
-            results.append(self._stepped(self._eager, start, disturbed, step))
+            results.append(self._stepped(self._eager, start, disturbed, step, variant))
         return self._checked(results, step, self._eager.without_gradient)
 
     def nudged(
@@ -229,7 +236,7 @@ class Panel:
         self._free: list[tuple[Oracle, State]] = [
             (self._make_judge(self._others, quiet=True), self.start)
         ]
-        for variant in range(self.permutations + 1):
+        for variant in range(_FIRST_DISTURBED + self.permutations):
             oracle = self._make()
             start = self._disturbed_state(self.start, variant, 0)
             oracle.load(start)
@@ -247,12 +254,16 @@ class Panel:
         results = [self._stepped(oracles[0][0], oracles[0][1], batch, step)]
         for variant, (oracle, start) in enumerate(oracles[1:]):
             disturbed = self._disturbed_batch(batch, variant, step)
-            results.append(self._stepped(oracle, start, disturbed, step))
+            results.append(self._stepped(oracle, start, disturbed, step, variant))
         return self._checked(results, step, oracles[1][0].without_gradient)
 
-    def _stepped(self, oracle: Oracle, start: State, batch: Batch, step: int) -> Stepped:
+    def _stepped(
+        self, oracle: Oracle, start: State, batch: Batch, step: int, variant: int = 0
+    ) -> Stepped:
         self.seed_generators(step)
-        values = oracle.step(batch)
+        plain = OneByOne() if variant else nullcontext()  # type: ignore[no-untyped-call]
+        with plain:
+            values = oracle.step(batch)
         finite = bool(values.pop("finite"))
         return Stepped({k: float(v) for k, v in values.items()}, finite, oracle.snapshot(), start)
 
@@ -308,7 +319,7 @@ class Panel:
         return not abs(losses[0] - losses[1]) > 1e4 * float(eps) * abs(losses[0])
 
     def _disturbed_state(self, state: State, variant: int, step: int) -> State:
-        if variant == 0 or not self._jitters:
+        if variant < _FIRST_DISTURBED or not self._jitters:
             return state
         rng = np.random.default_rng([self.seed, 1, variant, step])
         return {
@@ -317,7 +328,7 @@ class Panel:
         }
 
     def _disturbed_batch(self, batch: Batch, variant: int, step: int) -> Batch:
-        if variant == 0:
+        if variant < _FIRST_DISTURBED:
             return batch
         rng = np.random.default_rng([self.seed, 2, variant, step])
         permutes = self._permutes and examples(batch) >= SMALLEST

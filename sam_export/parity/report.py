@@ -221,8 +221,8 @@ class ParityReport:
         judge = "the oracle's own spread" if self.dtype == "float64" else "eager's own distance"
         text = (
             f"{rule}. Error: distance of the target's change from the float64 oracle's; floor: "
-            f"{judge} from it under {tol.permutations} batch permutations; noise: the change is "
-            f"below {tol.floors:g} floors."
+            f"{judge} from it, also with the sums of a plain loop and under {tol.permutations} "
+            f"batch permutations; noise: the change is below {tol.floors:g} floors."
         )
         return [
             *_wrapped(text, ""),

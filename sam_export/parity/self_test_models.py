@@ -25,10 +25,8 @@ class ConvNet(nn.Module):
 
     ``conv1`` has a bias, whose gradient is rounding noise: BatchNorm takes the mean away.
 
-    Each channel's largest pixel goes on, not their mean. With a mean, Inductor's right step is
-    reported as different in ``bn1.bias`` (error 4 times the bound): a known false alarm of the
-    check. Probably since it is a sum over all pixels whose terms nearly cancel, after the second
-    BatchNorm's own sums, which ATen accumulates in float64 and Inductor in float32.
+    The mean over the pixels gives each of an example's pixels the same gradient, so the roundings
+    of a loop that sums it add up (`one_by_one`): the right step of a compiled target must pass.
     """
 
     def __init__(self) -> None:
@@ -43,7 +41,7 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of ``x`` [batch, 2, 8, 8]."""
         x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.bn2(self.conv2(x))).amax(dim=(2, 3))
+        x = torch.relu(self.bn2(self.conv2(x))).mean(dim=(2, 3))
         logits: Tensor = self.fc(x + self.shift)
         return logits
 

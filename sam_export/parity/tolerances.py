@@ -20,8 +20,8 @@ class Tolerances:
             float64 steps were seen to agree to 1e-10 of the change or better (design, 6.3); ten
             times that, and the figure that the project promises.
         factor: Multiple of the floor that is allowed in every dtype. The floor is the largest of
-            four draws of rounding noise and a right target is a fifth draw, so 1 would fail one
-            time in five; its sums may be grouped otherwise (blocked, fused, one by one), and the
+            five draws of rounding noise and a right target is a sixth draw, so 1 would fail one
+            time in six; its sums may be grouped otherwise (blocked, fused, one by one), and the
             errors of two groupings of n terms differ by up to about sqrt(n), here n = 100.
         floors: A change below this many floors is called noise: it is less than ten times what
             two eager runs differ by, so one digit of it at most has a meaning.
@@ -35,7 +35,9 @@ class Tolerances:
             convolutions (NNPACK, cuDNN) may lose 60: they are reported as different.
         half_ulp: Rounding of one stored result, in units of eps(dtype) times its size: the floor
             is never taken to be lower, even where the measured noise happens to be 0.
-        permutations: Oracle runs with permuted batches, beside the one with the batch as it is.
+        permutations: Oracle runs with permuted batches, beside two with the batch as it is:
+            eager, and eager whose sums round as a plain loop's do, as those of all these runs do
+            (`one_by_one`).
         retests: Lock-step: a step that is over its bound is run again this many times from
             slightly moved weights and inputs. A tipped decision is then gone, a fault is not.
         nudge: Size of that move in units of eps(dtype), relative to each element: far more than
