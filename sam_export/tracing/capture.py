@@ -98,7 +98,9 @@ def capture(
     values = at_least_two(layout.tensors(batch), dims)
     with _kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
-        XX
+        how = (return_outputs, portable, stages, hyper)
+        return _Capture(step, layout, values, dims, state, *how).run()
+
 
 Produced = tuple[str, Role, Tensor]
 """One output of a traced function: its name, role and (fake) value."""
