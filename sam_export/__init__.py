@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sam_export.artifact.semantics import Semantics
     from sam_export.parity.check import check_parity
     from sam_export.parity.report import ParityReport
+    from sam_export.runtime.cuda_options import CudaOptions
     from sam_export.runtime.session import Session
     from sam_export.step.sam import SAM
     from sam_export.step.train_step import TrainStep
@@ -43,6 +44,7 @@ _LAZY = {
     "capture": "sam_export.tracing.capture",
     "export": "sam_export.api",
     "load": "sam_export.api",
+    "CudaOptions": "sam_export.runtime.cuda_options",
     "Session": "sam_export.runtime.session",
     "check_parity": "sam_export.parity.check",
     "ParityReport": "sam_export.parity.report",
@@ -54,6 +56,7 @@ __all__ = [
     "ArtifactError",
     "CaptureError",
     "CapturedStep",
+    "CudaOptions",
     "LoweringError",
     "ParityError",
     "ParityReport",
