@@ -103,7 +103,7 @@ def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
         TRAINING_MODEL: ir.to_proto(model),
         EVAL_MODEL: ir.to_proto(both),
         EVALUATE: evaluate,
-        OPTIMIZER_MODEL: optimizer_model(plan, len(training.trained), guarded),
+        OPTIMIZER_MODEL: optimizer_model(plan, len(training.trained), guarded, device),
     }
     files = {
         name: LoweredFile(name, checked(name, proto, infer=name != OPTIMIZER_MODEL))

@@ -78,6 +78,17 @@ def test_nothing_waits_for_the_host(target: str, tmp_path: Path) -> None:
             assert not read & host, f"{node.name} reads {read & host} on the device"
 
 
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_the_stock_optimizer_reads_all_it_is_given(base: str, tmp_path: Path) -> None:
+    """An input that no node reads would be copied to the host at each step."""
+    captured = sx.capture(make(torch.float32, base), images(8, torch.float32))
+    path = sx.export(captured, tmp_path / "step", target="ort-artifacts", device="cuda").path
+    graph = onnx.load(str(path / "optimizer_model.onnx")).graph
+    read = {name for node in graph.node for name in node.input}
+    not_read = {value.name for value in graph.input} - read
+    assert not_read == ({"step"} if base == "sgd" else set())
+
+
 def test_an_update_is_still_in_place(tmp_path: Path) -> None:
     captured = sx.capture(make(torch.float32, "adamw"), images(8, torch.float32))
     details = {
