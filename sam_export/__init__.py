@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sam_export.parity.check import check_parity
     from sam_export.parity.locate import Location, locate
     from sam_export.parity.report import ParityReport
+    from sam_export.runtime.cuda_options import CudaOptions
     from sam_export.runtime.session import Session
     from sam_export.step.sam import SAM
     from sam_export.step.train_step import TrainStep
@@ -44,6 +45,7 @@ _LAZY = {
     "capture": "sam_export.tracing.capture",
     "export": "sam_export.api",
     "load": "sam_export.api",
+    "CudaOptions": "sam_export.runtime.cuda_options",
     "Session": "sam_export.runtime.session",
     "check_parity": "sam_export.parity.check",
     "ParityReport": "sam_export.parity.report",
@@ -57,6 +59,7 @@ __all__ = [
     "ArtifactError",
     "CaptureError",
     "CapturedStep",
+    "CudaOptions",
     "Location",
     "LoweringError",
     "ParityError",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sam_export.artifact.folder import Artifact, open_artifact, write_artifact
 from sam_export.errors import SessionError
+from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.runtime.engines import open_session
 from sam_export.runtime.session import Session
 
@@ -32,11 +33,14 @@ def export(
         target: ``onnx``, ``onnx-training``, ``ort-artifacts``, ``torchscript``, ``aot-inductor``
             or ``torch-compile``.
         overwrite: Whether an artifact that is there already may be replaced.
-        device: What ``aot-inductor`` compiles for, ``cpu`` or ``cuda``. Artifacts of the other
-            targets run on either.
+        device: What the artifact is for, ``cpu`` or ``cuda``. ``aot-inductor`` compiles for it.
+            The ONNX targets write a step that stays on the device, and refuse an operator that has
+            no kernel there; it runs on the CPU, too. ``torchscript`` and ``torch-compile``
+            take no device: they run on either.
 
     Raises:
-        LoweringError: The target cannot express the step; nothing is written.
+        LoweringError: The target cannot express the step, or not for that device; nothing is
+            written.
         ArtifactError: The folder exists, or cannot be written.
     """
     from sam_export.lower.registry import lower
@@ -49,6 +53,7 @@ def load(
     device: str = "cpu",
     target: str | None = None,
     threads: int | None = None,
+    cuda: CudaOptions | None = None,
 ) -> Session:
     """A session with the artifact's initial state, ready to step.
 
@@ -58,11 +63,15 @@ def load(
         device: ``cpu``, ``cuda`` or ``cuda:<index>``. It is never silently another one.
         target: Needed for a captured step only; a folder knows its own.
         threads: Threads of one operator; None leaves the runtime's choice.
+        cuda: Options for a CUDA device: memory limit, TF32 (off unless asked for), CUDA graphs, and
+            whether nodes may run on the CPU. None: the defaults.
 
     Raises:
         ArtifactError: The folder is missing, damaged, or of another version.
-        RuntimeUnavailableError: The runtime or the device is not on this machine.
-        SessionError: ``target`` is missing for a captured step, or not the folder's.
+        RuntimeUnavailableError: The runtime or the device is not on this machine, or a step in ONNX
+            would leave the CUDA device; the message names the nodes.
+        SessionError: ``target`` is missing for a captured step, or not the folder's; or ``cuda``
+            is given for another device, or asks for what the target cannot follow.
     """
     if isinstance(source, (str, os.PathLike)):
         artifact = open_artifact(source)
@@ -70,7 +79,7 @@ def load(
             raise SessionError(
                 f"{source} is an artifact of target {artifact.target!r}, not {target!r}."
             )
-        return open_session(artifact, device, threads)
+        return open_session(artifact, device, threads, cuda)
     if target is None:
         raise SessionError(
             "load(captured) needs the target to run it as, such as target='torch-compile'."
@@ -79,7 +88,7 @@ def load(
     try:
         built_for = device_to_build_for(target, device)
         artifact = export(source, os.path.join(folder, "step"), target, device=built_for)
-        session = open_session(artifact, device, threads)
+        session = open_session(artifact, device, threads, cuda)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -89,6 +98,6 @@ def load(
 
 def device_to_build_for(target: str, device: str) -> str:
     """What `export` is to be told for an artifact that will run on ``device``."""
-    from sam_export.lower.registry import BOUND_TO_A_DEVICE
+    from sam_export.lower.registry import MADE_FOR_A_DEVICE
 
-    return device.partition(":")[0] if target in BOUND_TO_A_DEVICE else "cpu"
+    return device.partition(":")[0] if target in MADE_FOR_A_DEVICE else "cpu"

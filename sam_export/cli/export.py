@@ -18,7 +18,7 @@ examples:
   sam-export export my_package.recipes:resnet --out build/resnet --set depth=18 --set lr=0.1
   sam-export export models/gpt.py:recipe --out build/gpt --dynamic x.0=b,x.1=t,target.0=b,target.1=t
   sam-export export models/mlp.py:recipe --target torch-compile --out build/mlp --overwrite
-  sam-export export models/mlp.py:recipe --target aot-inductor --device cuda --out build/mlp
+  sam-export export models/mlp.py:recipe --target onnx --device cuda --out build/mlp
 """
 
 
@@ -53,7 +53,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--device",
         choices=["cpu", "cuda"],
         default="cpu",
-        help="what aot-inductor compiles for (default: cpu); the other targets run on either",
+        help="what the artifact is for (default: cpu): aot-inductor compiles for it, the ONNX "
+        "targets write a step that stays on it; torchscript and torch-compile run on either",
     )
     parser.add_argument(
         "--return-outputs", action="store_true", help="each step also returns the model's outputs"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam_export.cli.console import stage
+from sam_export.cli.cuda import add_cuda, cuda_arguments, parse_cuda
 from sam_export.cli.errors import CommandError
 from sam_export.cli.lr_schedule import FORMS, parse_schedule
 from sam_export.cli.run_file import DEFAULT_BATCH_SIZE, RunSettings, merge_runs, read_run
@@ -81,6 +82,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files of an earlier run that are there"
     )
+    add_cuda(parser)
     return parser
 
 
@@ -90,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     schedule = parse_schedule(settings.lr_schedule)
     checkpoint = args.checkpoint or args.resume
+    cuda = parse_cuda(args)
     _check_files(args)
     import sam_export
     from sam_export.cli.metrics_log import MetricsLog
@@ -97,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
     from sam_export.cli.train_loop import TrainLoop
 
     with stage(f"load {args.artifact}"):
-        session = sam_export.load(args.artifact, device=args.device, threads=args.threads)
+        session = sam_export.load(
+            args.artifact, device=args.device, threads=args.threads, cuda=cuda
+        )
     _check_hyper(session, settings)
     if args.resume:
         session.restore(args.resume)
@@ -230,6 +235,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
         *(("--save-state", args.save_state) if args.save_state else ()),
         *(("--threads", args.threads) if args.threads else ()),
         *(("--device", args.device) if args.device != "cpu" else ()),
+        *cuda_arguments(args),
         *("--resume", args.checkpoint or args.resume),
     )
     return shlex.join(str(part) for part in parts)

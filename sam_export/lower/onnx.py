@@ -10,10 +10,15 @@ from sam_export.tracing.captured_step import CapturedStep
 TARGET = "onnx"
 
 
-def lower(captured: CapturedStep) -> Lowered:
+def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
     """The programs of a step as ONNX models in standard operators; see `onnx_artifact.lower_with`.
 
+    Args:
+        captured: The step.
+        device: ``cpu`` or ``cuda``: what the models are meant for.
+
     Raises:
-        LoweringError: The step draws from torch's generator, or an operator has no ONNX form.
+        LoweringError: The step draws from torch's generator, or an operator has no ONNX form, or
+            no kernel on the device.
     """
-    return lower_with(captured, TARGET, PORTABLE)
+    return lower_with(captured, TARGET, PORTABLE, device)

@@ -11,6 +11,8 @@ from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import random_details
+from sam_export.lower.onnx_cuda import select_update, sizes_on_device
+from sam_export.lower.onnx_cuda_kernels import cuda_tables, refuse_without_cuda_kernel
 from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
 from sam_export.lower.onnx_guard import guard_update
 from sam_export.lower.onnx_in_place import in_place
@@ -43,7 +45,7 @@ def refuse(captured: CapturedStep) -> None:
         )
 
 
-def lower_with(captured: CapturedStep, target: str, tables: Tables) -> Lowered:
+def lower_with(captured: CapturedStep, target: str, tables: Tables, device: str = "cpu") -> Lowered:
     """The programs of a step as ONNX models, opset 18, IR version 10.
 
     All state is graph inputs; ``details["in_place"]`` says for every state tensor that changes
@@ -54,22 +56,32 @@ def lower_with(captured: CapturedStep, target: str, tables: Tables) -> Lowered:
         captured: The step.
         target: Name of the target.
         tables: What operators are written with.
+        device: ``cpu`` or ``cuda``: what the models are meant for. Those for ``cuda`` run on the
+            CPU too, a little slower; see `onnx_cuda`.
 
     Raises:
-        LoweringError: The step draws from torch's generator, or an operator has no ONNX form.
+        LoweringError: The step draws from torch's generator, or an operator has no ONNX form, or
+            no kernel on the device.
     """
     refuse(captured)
+    if device == "cuda":
+        tables = cuda_tables(tables)
     files: dict[str, LoweredFile] = {}
-    details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION}
+    details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION, "device": device}
     drawn: dict[str, Any] = {}
     for spec in captured.contract.programs:
         _refuse_derived_sizes(captured, spec)
         program = captured.programs[spec.name]
         model = onnx_model(program, spec, captured.contract, tables)
         drawn[spec.name] = random_inputs(program, spec, captured.contract)
+        if device == "cuda":
+            on_host = sizes_on_device(model)
+            refuse_without_cuda_kernel(model, spec, target, program, on_host)
         if spec.name == "step":
             discarded = discarded_if_not_finite(spec, captured.semantics)
-            if discarded:
+            if discarded and device == "cuda":
+                select_update(model, spec, discarded)
+            elif discarded:
                 guard_update(model, spec, discarded)
             details["in_place"] = in_place(model, spec)
         name = f"{spec.name}.onnx"

@@ -10,13 +10,18 @@ from sam_export.tracing.captured_step import CapturedStep
 TARGET = "onnx-training"
 
 
-def lower(captured: CapturedStep) -> Lowered:
+def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
     """The programs of a step as ONNX models; see `onnx_artifact.lower_with`.
 
     Operators of ``com.microsoft`` where they are exact and faster (`onnx_training_ops`), standard
     ones elsewhere. Such models load in onnxruntime-training only.
 
+    Args:
+        captured: The step.
+        device: ``cpu`` or ``cuda``: what the models are meant for.
+
     Raises:
-        LoweringError: The step draws from torch's generator, or an operator has no ONNX form.
+        LoweringError: The step draws from torch's generator, or an operator has no ONNX form, or
+            no kernel on the device.
     """
-    return lower_with(captured, TARGET, TRAINING)
+    return lower_with(captured, TARGET, TRAINING, device)

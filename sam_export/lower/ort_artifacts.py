@@ -18,7 +18,10 @@ from sam_export.artifact.ort_layout import OrtLayout
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import in_aten, random_details
 from sam_export.lower.onnx_artifact import PACKAGES, checked, refuse
+from sam_export.lower.onnx_cuda import sizes_on_device
+from sam_export.lower.onnx_cuda_kernels import cuda_tables, refuse_without_cuda_kernel
 from sam_export.lower.onnx_graph import IR_VERSION, OPSET, onnx_model
+from sam_export.lower.onnx_ops.table import Tables
 from sam_export.lower.onnx_training_ops import TRAINING
 from sam_export.lower.ort_artifacts_plan import TrainingProgram, training_program
 from sam_export.lower.ort_optimizer_model import optimizer_model
@@ -40,16 +43,20 @@ EVALUATE = "evaluate.onnx"
 """Not a file of the stock API: its evaluation model wants targets, `Session.evaluate` has none."""
 
 
-def lower(captured: CapturedStep) -> Lowered:
+def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
     """Training, evaluation and optimizer model, and a checkpoint; opset 18, IR version 10.
 
     ``details["layout"]`` says where each tensor is kept and what the gradient buffers hold
     (`artifact.ort_layout.OrtLayout`), ``details["update_in_training_model_because"]`` what the
     stock optimizer lacks, if anything (`ort_artifacts_plan.Plan`).
 
+    Args:
+        captured: The step.
+        device: ``cpu`` or ``cuda``: what the models are meant for.
+
     Raises:
         LoweringError: The state is not float32, the step draws random numbers, an operator has no
-            ONNX form, or a state tensor cannot be written in place.
+            ONNX form, or no kernel on the device, or a state tensor cannot be written in place.
     """
     _refuse(captured)
     contract = captured.contract
@@ -62,7 +69,12 @@ def lower(captured: CapturedStep) -> Lowered:
     buffers = [name + BUFFER for name in training.trained]
 
     # Nobody fills inputs of random words here, so the graph makes its numbers.
-    model = onnx_model(in_aten(training.program), spec, contract, TRAINING)
+    tables = cuda_tables(TRAINING) if device == "cuda" else TRAINING
+    program = in_aten(training.program)
+    model = onnx_model(program, spec, contract, tables)
+    if device == "cuda":
+        on_host = sizes_on_device(model)
+        refuse_without_cuda_kernel(model, spec, TARGET, program, on_host)
     for name in (*parameters, *frozen):
         _declare_input(model.graph, captured, name)
     finish_training_model(
@@ -73,9 +85,14 @@ def lower(captured: CapturedStep) -> Lowered:
         [*fed, *parameters, *frozen, *buffers, RESET],
         [name for name in spec.feeds if name not in discarded],
         guarded,
+        branch=device == "cpu",
     )
     written = list(spec.feeds.values())
-    outputs, loss = _evaluation(captured, "evaluate"), _evaluation(captured, "evaluate_loss")
+    outputs = _evaluation(captured, "evaluate", tables)
+    loss = _evaluation(captured, "evaluate_loss", tables)
+    if device == "cuda":
+        sizes_on_device(outputs)
+        sizes_on_device(loss)
     stored_as_float32(outputs, written)
     stored_as_float32(loss, written)
     evaluate = ir.to_proto(outputs)
@@ -86,7 +103,7 @@ def lower(captured: CapturedStep) -> Lowered:
         TRAINING_MODEL: ir.to_proto(model),
         EVAL_MODEL: ir.to_proto(both),
         EVALUATE: evaluate,
-        OPTIMIZER_MODEL: optimizer_model(plan, len(training.trained), guarded),
+        OPTIMIZER_MODEL: optimizer_model(plan, len(training.trained), guarded, device),
     }
     files = {
         name: LoweredFile(name, checked(name, proto, infer=name != OPTIMIZER_MODEL))
@@ -105,6 +122,7 @@ def lower(captured: CapturedStep) -> Lowered:
     details = {
         "opset": OPSET,
         "ir_version": IR_VERSION,
+        "device": device,
         "layout": layout.to_dict(),
         "update_in_training_model_because": plan.reason,
         "known_rounding": layout.known_rounding(contract),
@@ -153,9 +171,9 @@ def _parameters(captured: CapturedStep, training: TrainingProgram) -> tuple[list
     return list(training.trained), frozen
 
 
-def _evaluation(captured: CapturedStep, name: str) -> ir.Model:
+def _evaluation(captured: CapturedStep, name: str, tables: Tables) -> ir.Model:
     spec: ProgramSpec = captured.contract.program(name)
-    return onnx_model(in_aten(captured.programs[name]), spec, captured.contract, TRAINING)
+    return onnx_model(in_aten(captured.programs[name]), spec, captured.contract, tables)
 
 
 def _declare_input(

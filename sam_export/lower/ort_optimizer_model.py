@@ -10,7 +10,7 @@ from sam_export.lower.onnx_training_nodes import TRAINING_DOMAIN
 from sam_export.lower.ort_artifacts_plan import Plan
 
 
-def optimizer_model(plan: Plan, count: int, guarded: bool) -> onnx.ModelProto:
+def optimizer_model(plan: Plan, count: int, guarded: bool, device: str = "cpu") -> onnx.ModelProto:
     """The stock optimizer over the gradient buffers.
 
     With ``guarded``, one gradient that is not finite keeps every weight, every moment and the step
@@ -22,6 +22,9 @@ def optimizer_model(plan: Plan, count: int, guarded: bool) -> onnx.ModelProto:
         plan: Operator and attributes.
         count: Number of trained parameters.
         guarded: Whether an update that is not finite is left out.
+        device: ``cpu`` or ``cuda``. An input that no node reads counts as the CPU's, and SGD does
+            not read the moments that the API hands it: on CUDA they would be copied to the host at
+            each step, as much as the model has weights. There a node counts them.
     """
     adam = plan.optimizer == "AdamWOptimizer"
     sequences = ["params", "gradients", "first_order_moments"]  # SGD's moments are not used
@@ -38,6 +41,9 @@ def optimizer_model(plan: Plan, count: int, guarded: bool) -> onnx.ModelProto:
     constants: list[onnx.TensorProto] = []
     if guarded:
         nodes, constants = _finite(count)
+    if device == "cuda" and not adam:
+        moments, size = "first_order_moments", "count_of_moments"
+        nodes.append(helper.make_node("SequenceLength", [moments], [size], size))
     given = ["learning_rate", "step", *sequences] if adam else ["learning_rate", *sequences[:2]]
     nodes.append(
         helper.make_node(

@@ -10,9 +10,11 @@ and the graph writes it in place by ``InPlaceAccumulatorV2(state, new, overwrite
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from sam_export.artifact.contract import ProgramSpec
 from sam_export.errors import LoweringError
@@ -41,6 +43,7 @@ def finish_training_model(
     inputs: Sequence[str],
     kept_if_not_finite: Collection[str],
     guarded: bool,
+    branch: bool = True,
 ) -> None:
     """Binds gradients and new state to where they are kept.
 
@@ -53,6 +56,8 @@ def finish_training_model(
         kept_if_not_finite: Outputs whose new state is kept even if the step is not finite.
         guarded: Whether a step that is not finite changes nothing. The smallest gradient is NaN
             then, which tells the optimizer model not to do anything.
+        branch: Whether the guard is an ``If``; otherwise each value that is written is selected
+            (see `onnx_cuda.select_update`).
     """
     graph = model.graph
     outputs = {value.name: value for value in graph.outputs}
@@ -78,18 +83,28 @@ def finish_training_model(
         written = _joined(flags, WRITTEN)
         graph.append(written)
         graph.outputs.append(written.outputs[0])
+    elif not branch:
+        selected = {name: states[spec.feeds[name]] for name in guards}
+        _selected(writer, outputs, selected, {name: buffers[name] for name in gradients})
+        flags += writer.states(outputs, selected)
+        flags += writer.gradients(outputs, {name: buffers[name] for name in gradients})
+        graph.outputs[:] = results
+        graph.extend(writer.nodes)
+        written = _joined(flags, WRITTEN)
+        graph.append(written)
+        graph.outputs.append(written.outputs[0])
     else:
         graph.extend(writer.nodes)
         graph.outputs[:] = [*results, *flags]  # what runs in any case
-        branch = _guarded(
+        guard = _guarded(
             graph,
             outputs,
             {name: states[spec.feeds[name]] for name in guards},
             {name: buffers[name] for name in gradients},
             states[RESET],
         )
-        graph.append(branch)
-        graph.outputs[:] = [*results, branch.outputs[0]]
+        graph.append(guard)
+        graph.outputs[:] = [*results, guard.outputs[0]]
         if flags:
             kept = _joined(flags, f"step_{WRITTEN}")
             graph.append(kept)
@@ -207,19 +222,21 @@ class _Writer:
 
     def poison(self, buffer: ir.Value) -> ir.Value:
         """``buffer = NaN``."""
-        number = ir.tensor(np.full(buffer.shape.numpy(), np.nan, np.float32))  # type: ignore[union-attr]
-        constant = ir.node("Constant", [], {"value": number}, name="not_finite/nan")
-        constant.outputs[0].name = "not_finite/nan"
-        self.nodes.append(constant)
-        return self._write(buffer, constant.outputs[0], self.true(), "not_finite/write")
+        number = np.full(buffer.shape.numpy(), np.nan, np.float32)  # type: ignore[union-attr]
+        nan = self.constant("not_finite/nan", number)
+        return self._write(buffer, nan, self.true(), "not_finite/write")
+
+    def constant(self, name: str, number: NDArray[Any]) -> ir.Value:
+        node = ir.node("Constant", [], {"value": ir.tensor(number)}, name=name)
+        node.outputs[0].name = name
+        node.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(number.dtype))
+        node.outputs[0].shape = ir.Shape(number.shape)
+        self.nodes.append(node)
+        return node.outputs[0]
 
     def true(self) -> ir.Value:
         if self._true is None:
-            number = ir.tensor(np.array([True]))
-            constant = ir.node("Constant", [], {"value": number}, name=f"{self._prefix}/true")
-            constant.outputs[0].name = constant.name
-            self.nodes.append(constant)
-            self._true = constant.outputs[0]
+            self._true = self.constant(f"{self._prefix}/true", np.array([True]))
         return self._true
 
     def _write(self, buffer: ir.Value, new: ir.Value, mode: ir.Value, name: str) -> ir.Value:
@@ -231,6 +248,37 @@ class _Writer:
         flag.type, flag.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape((1,))
         self.nodes.append(node)
         return flag
+
+
+def _selected(
+    writer: _Writer,
+    outputs: dict[str | None, ir.Value],
+    states: Mapping[str, ir.Value],
+    buffers: Mapping[str, ir.Value],
+) -> None:
+    """What is written is chosen by ``finite``: else the old state, no gradient, and one NaN."""
+    smallest = min(buffers, key=lambda name: _elements(buffers[name]), default="")
+    others: dict[str, ir.Value] = dict(states)
+    for name in buffers:
+        number = np.array(np.nan if name == smallest else 0.0, np.float32)
+        others[GRADIENT + name] = writer.constant(f"not_finite/{name}", number)
+    for name, other in others.items():
+        new = outputs[name]
+        if other.dtype != new.dtype:  # a state that is kept as float32
+            cast = ir.node("Cast", [other], {"to": int(new.dtype)}, name=f"old/{name}")  # type: ignore[arg-type]
+            cast.outputs[0].name = cast.name
+            cast.outputs[0].type, cast.outputs[0].shape = new.type, new.shape
+            writer.nodes.append(cast)
+            other = cast.outputs[0]
+        node = ir.node("Where", [outputs["finite"], new, other], name=f"select/{name}")
+        node.outputs[0].name = node.name
+        node.outputs[0].type, node.outputs[0].shape = new.type, new.shape
+        writer.nodes.append(node)
+        outputs[name] = node.outputs[0]
+
+
+def _elements(value: ir.Value) -> int:
+    return int(np.prod(value.shape.numpy()))  # type: ignore[union-attr]
 
 
 def _guarded(
@@ -248,7 +296,7 @@ def _guarded(
     flags = then.states(outputs, states) + then.gradients(outputs, buffers)
     none = []
     if buffers:
-        smallest = min(buffers.values(), key=lambda value: int(np.prod(value.shape.numpy())))  # type: ignore[union-attr]
+        smallest = min(buffers.values(), key=_elements)
         none.append(other.poison(smallest))
     done = _joined(flags or [then.true()], "finite/flags")
     undone = _joined(none or [other.true()], "not_finite/flags")

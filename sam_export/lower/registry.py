@@ -21,8 +21,10 @@ LOWERINGS = {
 """Target to the module whose ``lower(captured)`` makes it."""
 
 
-BOUND_TO_A_DEVICE = ("aot-inductor",)
-"""Targets whose files run on one kind of device only; their ``lower`` takes it."""
+DEVICES = ("cpu", "cuda")
+
+MADE_FOR_A_DEVICE = ("aot-inductor", "onnx", "onnx-training", "ort-artifacts")
+"""Targets whose files are written for a kind of device; their ``lower`` takes it."""
 
 WITH_LOOPS = ("onnx", "onnx-training", "ort-artifacts")
 """Targets that can hold the loop of a recurrence over a symbolic number of tokens."""
@@ -34,7 +36,7 @@ def lower(captured: CapturedStep, target: str, device: str = "cpu") -> Lowered:
     Args:
         captured: The step.
         target: A key of `LOWERINGS`.
-        device: What to compile for, where the target is bound to a device.
+        device: What the files are for, ``cpu`` or ``cuda``, where the target depends on it.
 
     Raises:
         LoweringError: There is no such target, its package is missing, or it cannot hold this step.
@@ -52,7 +54,12 @@ def lower(captured: CapturedStep, target: str, device: str = "cpu") -> Lowered:
         ) from error
     if target not in WITH_LOOPS:
         _refuse_loops(captured, target)
-    if target in BOUND_TO_A_DEVICE:
+    if device not in DEVICES:
+        raise LoweringError(
+            f"device={device!r}: expected {' or '.join(map(repr, DEVICES))}. Which of several "
+            "devices is chosen where the artifact is loaded."
+        )
+    if target in MADE_FOR_A_DEVICE:
         lowered = module.lower(captured, device)
     elif device == "cpu":
         lowered = module.lower(captured)

@@ -24,7 +24,7 @@ from sam_export.lower.onnx_ops.table import Tables
 from sam_export.lower.onnx_random import random_inputs
 from sam_export.parity.interpret import StepGraph, leaves, run_nodes
 from sam_export.runtime.detect import require_onnxruntime
-from sam_export.runtime.ort import FLOAT32_FUSIONS
+from sam_export.runtime.ort_session import FLOAT32_FUSIONS
 from sam_export.tracing.randomness import drawn_nodes
 
 LEVELS = ("DISABLE_ALL", "BASIC", "EXTENDED", "ALL")

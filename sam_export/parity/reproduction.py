@@ -33,7 +33,7 @@ from sam_export.parity.locate_torch import (
     scripted,
 )
 from sam_export.parity.tolerances import Tolerances
-from sam_export.runtime.ort import FLOAT32_FUSIONS
+from sam_export.runtime.ort_session import FLOAT32_FUSIONS
 
 
 @dataclass(frozen=True)

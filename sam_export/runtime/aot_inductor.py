@@ -10,6 +10,7 @@ from sam_export.artifact.contract import ProgramSpec
 from sam_export.artifact.folder import Artifact
 from sam_export.artifact.machine import obstacles, this_machine
 from sam_export.errors import ArtifactError, RuntimeUnavailableError
+from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.runtime.torch_engine import FlatTorchEngine, Program
 
 
@@ -22,8 +23,14 @@ class AotInductorEngine(FlatTorchEngine):
 
     provider = "aot-inductor"
 
-    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
-        super().__init__(artifact, device, threads)
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: str,
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
+    ) -> None:
+        super().__init__(artifact, device, threads, cuda)
         here = this_machine(
             torch.__version__, self._device.type, aot_inductor.cuda_architecture(self._device)
         )

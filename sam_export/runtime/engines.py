@@ -6,6 +6,7 @@ import importlib
 
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import RuntimeUnavailableError
+from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.runtime.engine import Engine
 from sam_export.runtime.session import Session
 
@@ -20,10 +21,19 @@ ENGINES = {
 """Target to module and class of its engine; imported when first used."""
 
 
-def open_session(artifact: Artifact, device: str, threads: int | None) -> Session:
+def open_session(
+    artifact: Artifact, device: str, threads: int | None, cuda: CudaOptions | None = None
+) -> Session:
     """A session over ``artifact`` on ``device``.
 
+    Args:
+        artifact: What to run.
+        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
+        threads: Threads of one operator; None leaves the runtime's choice.
+        cuda: Options for a CUDA device; None: the defaults.
+
     Raises:
+        SessionError: Options for another device or target.
         RuntimeUnavailableError: No engine for the artifact's target, or its package is missing.
     """
     if artifact.target not in ENGINES:
@@ -39,7 +49,7 @@ def open_session(artifact: Artifact, device: str, threads: int | None) -> Sessio
             f"Target {artifact.target!r} needs the package {error.name!r}, which is not installed. "
             "`sam-export targets` says what to install."
         ) from error
-    engine: Engine = engine_class(artifact, device, threads)
+    engine: Engine = engine_class(artifact, device, threads, cuda)
     return Session(
         engine,
         artifact.contract,

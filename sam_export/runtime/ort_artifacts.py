@@ -5,8 +5,9 @@ It calls them as any training program does; nothing of the step is computed here
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from sam_export.artifact.contract import HYPER
 from sam_export.artifact.folder import Artifact
 from sam_export.artifact.ort_checkpoint import OrtCheckpoint
 from sam_export.artifact.ort_layout import OrtLayout
-from sam_export.errors import ArtifactError
+from sam_export.errors import ArtifactError, SamExportError
 from sam_export.runtime.batches import contiguous
+from sam_export.runtime.cuda_options import CudaOptions, cuda_options
 from sam_export.runtime.detect import parse_device, require_provider, require_training_build
 from sam_export.runtime.ort_training_api import training_api, value_of
+from sam_export.runtime.placement import recorded, refuse_copies, summary
 
 OPTIMIZER_MODEL = "optimizer_model.onnx"
 
@@ -28,21 +31,38 @@ OPTIMIZER_MODEL = "optimizer_model.onnx"
 class OrtArtifactsEngine:
     """A module and an optimizer of onnxruntime-training over one checkpoint.
 
+    The stock API takes the number of a CUDA device and no other provider option. TF32 is kept out
+    by ``NVIDIA_TF32_OVERRIDE=0`` in the environment of the process, which cuBLAS and cuDNN read;
+    it holds for the whole process, and a value that is there already stays.
+
     Args:
         artifact: An artifact of target ``ort-artifacts``.
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
         threads: Threads of one operator; None leaves the choice to ONNX Runtime.
+        cuda: Options for a CUDA device, of which ``tf32`` and ``allow_cpu_nodes``.
 
     Raises:
-        RuntimeUnavailableError: No training build, or it has not the provider for the device.
+        RuntimeUnavailableError: No training build, or it has not the provider for the device, or
+            a step would leave the CUDA device.
+        SessionError: Other options, or options for another device.
         ArtifactError: A graph does not match the contract, or cannot be loaded.
     """
 
-    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: str,
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
+    ) -> None:
+        self._cuda = cuda_options(cuda, device, artifact.target, ("tf32", "allow_cpu_nodes"))
         self._ort = require_training_build()
         self._api = training_api()
         self.provider = require_provider(device)[0]
         self._kind, self._index = parse_device(device)
+        if self._kind == "cuda" and not self._cuda.tf32:
+            os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        self._placed: dict[str, Any] = {}
         self._artifact = artifact
         self._layout = OrtLayout.from_dict(artifact.details.get("layout", {}))
         self._options = self._ort.SessionOptions()
@@ -64,13 +84,18 @@ class OrtArtifactsEngine:
     @property
     def facts(self) -> dict[str, Any]:
         """Hashes of the graphs, and the settings that the module's sessions were given."""
-        return {
+        facts = {
             "graphs": dict(self._artifact.digests),
             "graph_optimization_level": self._options.graph_optimization_level.name,
             "intra_op_num_threads": self._options.intra_op_num_threads,
             "inter_op_num_threads": self._options.inter_op_num_threads,
             "execution_mode": self._options.execution_mode.name,
         }
+        if self._kind == "cuda":
+            facts["cuda"] = self._cuda.to_dict()
+            facts["NVIDIA_TF32_OVERRIDE"] = os.environ.get("NVIDIA_TF32_OVERRIDE")
+            facts["placement"] = dict(self._placed)
+        return facts
 
     def bind(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Makes a checkpoint of the whole state, and a module and an optimizer over it.
@@ -91,12 +116,17 @@ class OrtArtifactsEngine:
         self._sessions.clear()
         device = self._kind if self._kind == "cpu" else f"{self._kind}:{self._index}"
         step = self._artifact.file("step")
+        optimizer = self._artifact.path / OPTIMIZER_MODEL
         try:
             # Without the evaluation model: `_evaluated` opens it once it is asked for.
-            self._module = self._api.Module(step, self._state, None, device, self._options)
-            self._optimizer = self._api.Optimizer(
-                self._artifact.path / OPTIMIZER_MODEL, self._module
+            self._module = self._placing(
+                "step", lambda: self._api.Module(step, self._state, None, device, self._options)
             )
+            self._optimizer = self._placing(
+                "optimizer", lambda: self._api.Optimizer(optimizer, self._module)
+            )
+        except SamExportError:
+            raise
         except Exception as error:  # onnxruntime's own, which derive from nothing narrower
             raise ArtifactError(
                 f"onnxruntime-training {self._ort.__version__} cannot load {step.parent}: {error}"
@@ -135,6 +165,22 @@ class OrtArtifactsEngine:
 
     # ---------------------------------------------------------------------------------------------
 
+    def _placing(self, graph: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes; on a CUDA device after asking where its nodes run.
+
+        The stock optimizer reads in host memory whether it is to update, once at the end of a step,
+        so only the step itself is refused for what it copies.
+        """
+        if self._kind == "cpu":
+            return make()
+        made, placed = recorded(self._options, make)
+        self._placed[graph] = summary(placed, results_on_device=False)
+        if graph == "step" and not self._cuda.allow_cpu_nodes:
+            built_for = str(self._artifact.details.get("device", "cpu"))
+            runtime = f"onnxruntime-training {self._ort.__version__}"
+            refuse_copies(placed, graph, runtime, built_for, results_on_device=False)
+        return made
+
     def _use(self, hyper: Mapping[str, NDArray[Any]]) -> None:
         """Hands over the hyper-parameters that have changed."""
         for name, values in hyper.items():
@@ -163,7 +209,7 @@ class OrtArtifactsEngine:
             self._sessions[program] = self._ort.InferenceSession(
                 str(self._artifact.file(program)),
                 self._options,
-                providers=require_provider(self._device_name),
+                providers=self._provider_options(),
             )
         session = self._sessions[program]
         spec = self._artifact.contract.program(program)
@@ -177,6 +223,12 @@ class OrtArtifactsEngine:
         }
         names = [output.name for output in spec.outputs]
         return dict(zip(names, session.run_with_ort_values(names, inputs), strict=True))
+
+    def _provider_options(self) -> list[Any]:
+        names = require_provider(self._device_name)
+        if self._kind == "cpu":
+            return list(names)
+        return [(names[0], self._cuda.provider_options(self._index)), *names[1:]]
 
     @property
     def _device_name(self) -> str:

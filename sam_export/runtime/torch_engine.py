@@ -13,6 +13,8 @@ from torch import Tensor
 from sam_export.artifact.contract import HYPER, ProgramSpec
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import RuntimeUnavailableError
+from sam_export.runtime.cuda_options import CudaOptions, cuda_options
+from sam_export.runtime.detect import parse_device
 
 Program = Callable[[list[Tensor], list[Tensor], list[Tensor]], Sequence[Tensor]]
 """State, hyper-parameters and batch to the outputs that are not state; writes the state."""
@@ -28,18 +30,31 @@ class TorchEngine:
         artifact: What to run.
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
         threads: Threads of one operator, for the whole process; None leaves torch's setting.
+        cuda: Refused where it differs from the defaults: torch has settings of its own.
 
     Raises:
         RuntimeUnavailableError: CUDA was asked for and is not there.
+        SessionError: ``cuda`` asks for something.
     """
 
-    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
-        self._device = torch.device(device)
-        if self._device.type == "cuda" and not torch.cuda.is_available():
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: str,
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
+    ) -> None:
+        kind, index = parse_device(device)
+        cuda_options(cuda, device, artifact.target, takes=())
+        count = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
+        if kind == "cuda" and index >= count:
+            found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
             raise RuntimeUnavailableError(
-                f"device={device!r} was asked for, but this torch ({torch.__version__}) finds no "
-                "CUDA device. Install a CUDA build of torch, or use device='cpu'."
+                f"device={device!r} was asked for, but this torch ({torch.__version__}) finds "
+                f"{found}. Install a CUDA build of torch, or use a device that is there, such as "
+                "device='cpu'."
             )
+        self._device = torch.device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         self._artifact = artifact
@@ -49,8 +64,14 @@ class TorchEngine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Hashes of the graphs and torch's thread count; see `runtime.engine.Engine`."""
-        return {"graphs": dict(self._artifact.digests), "threads": torch.get_num_threads()}
+        """Hashes of the graphs, torch's thread count and, on CUDA, what may round to TF32."""
+        facts = {"graphs": dict(self._artifact.digests), "threads": torch.get_num_threads()}
+        if self._device.type == "cuda":
+            facts["tf32"] = {
+                "matmul": torch.backends.cuda.matmul.allow_tf32,
+                "cudnn": torch.backends.cudnn.allow_tf32,
+            }
+        return facts
 
     def to_numpy(self, value: Any) -> NDArray[Any]:
         """A host copy of a tensor."""
@@ -64,17 +85,44 @@ class TorchEngine:
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._device)
 
 
+class Changes:
+    """Which hyper-parameters have changed since they were last asked for.
+
+    On a device, handing one over is a copy for which the host waits.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, bytes] = {}
+
+    def of(self, hyper: Mapping[str, NDArray[Any]]) -> list[tuple[str, NDArray[Any]]]:
+        """Those that differ from the last call's, bit by bit, with their values."""
+        changed = [
+            (name, values)
+            for name, values in hyper.items()
+            if self._last.get(name) != values.tobytes()
+        ]
+        self._last.update((name, values.tobytes()) for name, values in changed)
+        return changed
+
+
 class FlatTorchEngine(TorchEngine):
     """Holds the state as tensors, and runs programs over flat lists of them that write it in place.
 
     A subclass says how a program is made; that happens at its first run.
     """
 
-    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
-        super().__init__(artifact, device, threads)
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: str,
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
+    ) -> None:
+        super().__init__(artifact, device, threads, cuda)
         self._state: dict[str, Tensor] = {}
         self._programs: dict[str, Program] = {}
         self._hyper: dict[str, Tensor] = {}
+        self._changed = Changes()
 
     def bind(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Copies the whole state to the device and makes it the current one."""
@@ -92,11 +140,12 @@ class FlatTorchEngine(TorchEngine):
         """Runs one program on the current state; see `runtime.engine.Engine`."""
         spec = self._artifact.contract.program(program)
         state = [self._state[name] for name in spec.inputs if name in self._state]
-        for name, values in hyper.items():
+        for name, values in self._changed.of(hyper):
             if HYPER + name not in self._hyper:
-                self._hyper[HYPER + name] = torch.zeros(len(values), dtype=torch.float64)
+                zeros = torch.zeros(len(values), dtype=torch.float64, device=self._device)
+                self._hyper[HYPER + name] = zeros
             self._hyper[HYPER + name].copy_(torch.from_numpy(values))
-        hypers = [self._hyper[name].to(self._device) for name in spec.inputs if name in self._hyper]
+        hypers = [self._hyper[name] for name in spec.inputs if name in self._hyper]
         tensors = [self._tensor(value) for value in batch]
         self._before_run(spec, tensors)
         if spec.name not in self._programs:

@@ -14,7 +14,8 @@ from sam_export._compat import torchscript
 from sam_export.artifact.contract import HYPER
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import ArtifactError
-from sam_export.runtime.torch_engine import TorchEngine
+from sam_export.runtime.cuda_options import CudaOptions
+from sam_export.runtime.torch_engine import Changes, TorchEngine
 
 
 class TorchScriptEngine(TorchEngine):
@@ -27,8 +28,14 @@ class TorchScriptEngine(TorchEngine):
 
     provider = "torchscript"
 
-    def __init__(self, artifact: Artifact, device: str, threads: int | None = None) -> None:
-        super().__init__(artifact, device, threads)
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: str,
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
+    ) -> None:
+        super().__init__(artifact, device, threads, cuda)
         path = artifact.file("step")
         try:
             self._module: Any = torchscript.load_scripted(path, self._device)
@@ -41,6 +48,7 @@ class TorchScriptEngine(TorchEngine):
             **dict(self._module.named_parameters()),
             **dict(self._module.named_buffers()),
         }
+        self._changed = Changes()
         self._refuse_other(artifact)
 
     def bind(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -54,7 +62,7 @@ class TorchScriptEngine(TorchEngine):
     ) -> dict[str, Any]:
         """Runs one program on the current state; see `runtime.engine.Engine`."""
         spec = self._artifact.contract.program(program)
-        for name, values in hyper.items():
+        for name, values in self._changed.of(hyper):
             self._held[HYPER + name].copy_(torch.from_numpy(values))
         method = getattr(self._module, f"{program}_unchecked")
         with torch.no_grad():

@@ -298,6 +298,8 @@ def test_functions_that_give_no_or_wrong_batches(
         (["--lr-schedule", "linear"], "--lr-schedule 'linear'"),
         (["--resume", "none.ckpt"], "--resume none.ckpt: there is no such file"),
         (["--device", "tpu"], "Unknown device 'tpu'"),
+        (["--memory-limit", "lots"], "--memory-limit lots: expected a whole number of bytes"),
+        (["--tf32"], "was given with device='cpu'"),
         (["--device", "cuda"], "CUDAExecutionProvider"),
     ],
 )

@@ -20,7 +20,7 @@ from sam_export.lower.onnx_artifact import checked
 from sam_export.lower.onnx_graph import onnx_model
 from sam_export.lower.onnx_ops import PORTABLE
 from sam_export.lower.onnx_ops.table import Tables
-from sam_export.runtime.ort import FLOAT32_FUSIONS
+from sam_export.runtime.ort_session import FLOAT32_FUSIONS
 
 # A float32 sum of n products is off by about sqrt(n) * eps; the largest here has n = 2,000.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}

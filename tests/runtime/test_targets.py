@@ -171,7 +171,7 @@ def test_cuda_is_refused_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(sx.LoweringError, match="finds no CUDA device.*on a machine like the one"):
         sx.load(captured, target="aot-inductor", device="cuda")
     with pytest.raises(sx.LoweringError, match="not made for a device: export it without one"):
-        sx.export(captured, tmp_path / "step", target="onnx", device="cuda")
+        sx.export(captured, tmp_path / "step", target="torchscript", device="cuda")
     assert list(tmp_path.iterdir()) == []
     if "CUDAExecutionProvider" not in require_onnxruntime().get_available_providers():
         with pytest.raises(sx.RuntimeUnavailableError, match="CUDAExecutionProvider"):

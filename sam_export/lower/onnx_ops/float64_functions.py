@@ -8,20 +8,30 @@ digits of a small ``x`` are lost in the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_export.lower.onnx_ops.table import Function, decomposition
 
+IN_EVERY_DTYPE: dict[str, Callable[..., Any]] = {}
+"""ATen operator to its form in simpler operators, for dtypes other than float64 too."""
 
-def _in_float64(function: Function) -> Function:
-    def only(x: Tensor, *arguments: Any, **named: Any) -> Any:
-        return function(x, *arguments, **named) if x.dtype == torch.float64 else NotImplemented
 
-    return cast(Function, only)
+def _in_float64(schema: str) -> Callable[[Function], Function]:
+    """Registers a decomposition for float64 only; the function itself takes every dtype."""
+
+    def register(function: Function) -> Function:
+        def only(x: Tensor, *arguments: Any, **named: Any) -> Any:
+            return function(x, *arguments, **named) if x.dtype == torch.float64 else NotImplemented
+
+        decomposition(schema)(only)
+        IN_EVERY_DTYPE[schema] = function
+        return function
+
+    return register
 
 
 @decomposition("aten::log1p")
@@ -52,30 +62,26 @@ def expm1(x: Tensor) -> Any:
     return torch.where(x.abs() < 1.0, 2.0 * t / (1.0 - t), torch.exp(x) - 1.0)
 
 
-@decomposition("aten::cos")
-@_in_float64
+@_in_float64("aten::cos")
 def cos(x: Tensor) -> Tensor:
     """aten::cos(Tensor self) -> Tensor: ``1 - 2 sin^2(x / 2)``."""
     half = torch.sin(0.5 * x)
     return 1.0 - 2.0 * half * half
 
 
-@decomposition("aten::tan")
-@_in_float64
+@_in_float64("aten::tan")
 def tan(x: Tensor) -> Tensor:
     """aten::tan(Tensor self) -> Tensor: ``sin(x) / cos(x)``."""
     return torch.sin(x) / cos(x)
 
 
-@decomposition("aten::cosh")
-@_in_float64
+@_in_float64("aten::cosh")
 def cosh(x: Tensor) -> Tensor:
     """aten::cosh(Tensor self) -> Tensor: ``(exp(x) + exp(-x)) / 2``."""
     return 0.5 * (torch.exp(x) + torch.exp(-x))
 
 
-@decomposition("aten::sinh")
-@_in_float64
+@_in_float64("aten::sinh")
 def sinh(x: Tensor) -> Tensor:
     """aten::sinh(Tensor self) -> Tensor
 
@@ -86,8 +92,7 @@ def sinh(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 1.0, 2.0 * t / (1.0 - t * t), far)
 
 
-@decomposition("aten::atan")
-@_in_float64
+@_in_float64("aten::atan")
 def atan(x: Tensor) -> Tensor:
     """aten::atan(Tensor self) -> Tensor
 
@@ -107,8 +112,7 @@ def atan(x: Tensor) -> Tensor:
     return torch.where(large, 0.5 * math.pi - angle, angle) * x.sign()
 
 
-@decomposition("aten::atan2")
-@_in_float64
+@_in_float64("aten::atan2")
 def atan2(y: Tensor, x: Tensor) -> Tensor:
     """aten::atan2(Tensor self, Tensor other) -> Tensor
 
@@ -120,22 +124,19 @@ def atan2(y: Tensor, x: Tensor) -> Tensor:
     return torch.where(zero, 0.5 * math.pi * y.sign(), turned)
 
 
-@decomposition("aten::asin")
-@_in_float64
+@_in_float64("aten::asin")
 def asin(x: Tensor) -> Tensor:
     """aten::asin(Tensor self) -> Tensor: ``2 atan(x / (1 + sqrt(1 - x^2)))``."""
     return 2.0 * atan(x / (1.0 + ((1.0 - x) * (1.0 + x)).sqrt()))
 
 
-@decomposition("aten::acos")
-@_in_float64
+@_in_float64("aten::acos")
 def acos(x: Tensor) -> Tensor:
     """aten::acos(Tensor self) -> Tensor: ``2 atan(sqrt(1 - x) / sqrt(1 + x))``."""
     return 2.0 * atan((1.0 - x).sqrt() / (1.0 + x).sqrt())
 
 
-@decomposition("aten::asinh")
-@_in_float64
+@_in_float64("aten::asinh")
 def asinh(x: Tensor) -> Tensor:
     """aten::asinh(Tensor self) -> Tensor: ``log1p(|x| + x^2 / (1 + sqrt(1 + x^2)))``, signed."""
     size = x.abs()
@@ -144,8 +145,7 @@ def asinh(x: Tensor) -> Tensor:
     return result
 
 
-@decomposition("aten::acosh")
-@_in_float64
+@_in_float64("aten::acosh")
 def acosh(x: Tensor) -> Tensor:
     """aten::acosh(Tensor self) -> Tensor
 
@@ -156,8 +156,7 @@ def acosh(x: Tensor) -> Tensor:
     return result
 
 
-@decomposition("aten::atanh")
-@_in_float64
+@_in_float64("aten::atanh")
 def atanh(x: Tensor) -> Tensor:
     """aten::atanh(Tensor self) -> Tensor: ``log1p(2 x / (1 - x)) / 2``."""
     result: Tensor = 0.5 * log1p(2.0 * x / (1.0 - x))
@@ -174,8 +173,7 @@ def _product(x: Tensor, dim: int) -> Tensor:
     return x
 
 
-@decomposition("aten::prod.dim_int")
-@_in_float64
+@_in_float64("aten::prod.dim_int")
 def prod_dim(x: Tensor, dim: int, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """aten::prod.dim_int(Tensor self, int dim, bool keepdim=False, *, ScalarType? dtype=None) ->
     Tensor
@@ -186,8 +184,7 @@ def prod_dim(x: Tensor, dim: int, keepdim: bool = False, *, dtype: Any = None) -
     return result if keepdim else result.squeeze(dim)
 
 
-@decomposition("aten::prod")
-@_in_float64
+@_in_float64("aten::prod")
 def prod(x: Tensor, *, dtype: Any = None) -> Any:
     """aten::prod(Tensor self, *, ScalarType? dtype=None) -> Tensor"""
     if dtype not in (None, torch.float64) or not x.dim() or not x.numel():
@@ -195,8 +192,7 @@ def prod(x: Tensor, *, dtype: Any = None) -> Any:
     return _product(x.reshape(-1), 0).reshape(())
 
 
-@decomposition("prims::prod")
-@_in_float64
+@_in_float64("prims::prod")
 def prims_prod(x: Tensor, dims: Sequence[int] | None, *, output_dtype: Any = None) -> Any:
     """prims::prod(Tensor inp, int[]? dims, *, ScalarType? output_dtype=None) -> Tensor"""
     if output_dtype not in (None, torch.float64) or not x.numel():

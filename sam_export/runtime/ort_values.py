@@ -1,0 +1,87 @@
+"""Values on the device of an ONNX Runtime session, and how they get there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam_export.artifact.contract import TensorSpec
+from sam_export.runtime.batches import contiguous
+
+
+class OrtValues:
+    """Makes values on one device.
+
+    Args:
+        ort: The ``onnxruntime`` module.
+        kind: ``cpu`` or ``cuda``.
+        index: Number of the device.
+    """
+
+    def __init__(self, ort: ModuleType, kind: str, index: int) -> None:
+        self._ort = ort
+        self.kind = kind
+        self.index = index
+        self.share_memory = kind == "cpu"  # with the arrays that they are made of
+
+    def of(self, array: NDArray[Any]) -> Any:
+        """An ``OrtValue`` of an array: a copy on a CUDA device, the array's own memory on the CPU.
+
+        The caller keeps the array alive on the CPU.
+        """
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self.kind, self.index)
+
+    def room(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Any:
+        """A new buffer for one result.
+
+        What a binding allocates itself it hands out by reference, and replaces at the next run:
+        a result of an earlier step would change under its reader.
+        """
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(
+            shape, np.dtype(spec.dtype).type, self.kind, self.index
+        )
+
+    def bind_batch(self, binding: Any, name: str, value: Any) -> Any:
+        """Binds a tensor of the batch as an input; returns what has to stay alive while it runs.
+
+        A torch tensor on the very device is read where it is: torch's stream is waited for, since
+        ONNX Runtime has one of its own.
+        """
+        if self._is_here(value):
+            import torch
+
+            tensor = value.detach().contiguous()
+            torch.cuda.current_stream(tensor.device).synchronize()
+            dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+            binding.bind_input(
+                name, self.kind, self.index, dtype.type, list(tensor.shape), tensor.data_ptr()
+            )
+            return tensor
+        array = contiguous(value)
+        held = self.of(array)
+        binding.bind_ortvalue_input(name, held)
+        return array, held
+
+    def _is_here(self, value: Any) -> bool:
+        return self.kind == "cuda" and (
+            getattr(value, "is_cuda", False) and value.device.index == self.index
+        )
+
+
+def symbols(
+    specs: Iterable[TensorSpec], batch: Sequence[Any], names: Sequence[str]
+) -> dict[str, int]:
+    """Symbolic size to its value in this batch."""
+    shapes = {name: value.shape for name, value in zip(names, batch, strict=True)}
+    return {
+        size: int(shapes[spec.name][d])
+        for spec in specs
+        if spec.name in shapes
+        for d, size in enumerate(spec.shape)
+        if isinstance(size, str)
+    }
