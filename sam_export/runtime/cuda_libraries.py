@@ -50,9 +50,17 @@ _VERSIONS = {
 _OPENED_LATER = {13: ("libcudnn.so.9",)}
 """Version of CUDA to libraries that builds for it open when a convolution is run."""
 
-_PARTS_OF_CUDNN_8 = ("ops_infer", "ops_train", "cnn_infer", "cnn_train", "adv_infer", "adv_train")
-"""cuDNN 8 opens these by name, in places that do not include its own folder when it is opened by
-path; in an order in which each finds those that it needs."""
+_OPENED_BY_CUDNN_8 = (
+    "libnvrtc.so.11.2",
+    "libcudnn_ops_infer.so.8",
+    "libcudnn_ops_train.so.8",
+    "libcudnn_cnn_infer.so.8",
+    "libcudnn_cnn_train.so.8",
+    "libcudnn_adv_infer.so.8",
+    "libcudnn_adv_train.so.8",
+)
+"""Each after those that it needs; the folder in which cuDNN 8 looks for the first is not the one of
+the package on PyPI. Where one is missing, cuDNN says so when it needs it."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,8 @@ def load_libraries(provider: Path) -> CudaLibraries:
         else:
             found[name] = where
     if "libcudnn.so.8" in found:
-        for part in _PARTS_OF_CUDNN_8:
-            _opened(f"libcudnn_{part}.so.8")
+        for part in _OPENED_BY_CUDNN_8:
+            _opened(part)
     return CudaLibraries(cuda, found, missing)
 
 
