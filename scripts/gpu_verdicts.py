@@ -76,7 +76,7 @@ def speed_verdicts(cases: Mapping[str, Sequence[Record]], device: str) -> list[V
 
     Args:
         cases: Name of the case to its records.
-        device: On the CPU the figures for GPUs do not apply; only waits are judged there.
+        device: On the CPU nothing is judged: the figures are for GPUs, and nothing waits there.
     """
     on_gpu = device != "cpu"
     verdicts = []
@@ -103,8 +103,14 @@ def speed_verdicts(cases: Mapping[str, Sequence[Record]], device: str) -> list[V
     )
     for name, records in cases.items():
         verdicts += _memory(name, records, on_gpu)
-        verdicts += _waits(name, records)
+        verdicts += _waits(name, records, on_gpu)
     return verdicts
+
+
+def same_work(case: str, complaints: Sequence[str]) -> Verdict:
+    """Whether all contestants of a case ran, and trained alike; see `bench.check_same_work`."""
+    what, wanted = f"contestants of {case} run, and begin with the same losses", "all"
+    return Verdict(what, wanted, "; ".join(complaints) or "all", "NO" if complaints else "yes")
 
 
 def _memory(case: str, records: Sequence[Record], on_gpu: bool) -> list[Verdict]:
@@ -128,7 +134,7 @@ def _memory(case: str, records: Sequence[Record], on_gpu: bool) -> list[Verdict]
     return verdicts
 
 
-def _waits(case: str, records: Sequence[Record]) -> list[Verdict]:
+def _waits(case: str, records: Sequence[Record], on_gpu: bool) -> list[Verdict]:
     verdicts = []
     for item in records:
         contestant = CONTESTANTS[item.contestant]
@@ -143,7 +149,7 @@ def _waits(case: str, records: Sequence[Record]) -> list[Verdict]:
                 f"calls in a step of {item.contestant} that wait for the device, {case}",
                 "none",
                 found,
-                True,
+                on_gpu,
                 not item.waits,
                 item.error or "not looked at",
             )

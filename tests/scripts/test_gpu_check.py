@@ -12,12 +12,14 @@ from sam_export.runtime import cuda_libraries
 from scripts import gpu_check
 from scripts.bench_cases import CASES
 from scripts.bench_records import Record, Round
+from scripts.bench_table import markdown_table
 from scripts.gpu_verdicts import (
     LARGE,
     LAUNCH_BOUND,
     Parity,
     Verdict,
     parity_verdicts,
+    same_work,
     speed_verdicts,
 )
 from scripts.gpu_waits import STEP, counted, waits
@@ -90,7 +92,12 @@ def test_a_contestant_that_failed_or_was_not_looked_at_is_not_judged() -> None:
 
 
 def test_figures_for_a_gpu_are_not_judged_on_the_cpu() -> None:
-    cases = {"mlp": [record("eager-sam", 3.0), record("torch-compile", 9.0, peak=900)]}
+    cases = {
+        "mlp": [
+            record("eager-sam", 3.0),
+            record("torch-compile", 9.0, peak=900, waits={"aten::_local_scalar_dense": 1.0}),
+        ]
+    }
     for verdict in speed_verdicts(cases, "cpu"):
         assert verdict.word == "not judged", verdict
     assert any("(on the CPU)" in verdict.found for verdict in speed_verdicts(cases, "cpu"))
@@ -112,6 +119,17 @@ def test_parity_is_judged_by_target() -> None:
     ]
     assert verdicts[0].found == "vit: w (lock-step)"
     assert verdicts[1].found == "no onnxruntime-gpu"
+
+
+def test_a_contestant_that_trains_otherwise_is_found() -> None:
+    assert same_work("mlp", []).word == "yes"
+    found = same_work("mlp", ["onnx: first losses [1.0], eager-sam has [2.0]"])
+    assert (found.word, found.found) == ("NO", "onnx: first losses [1.0], eager-sam has [2.0]")
+
+
+def test_memory_that_is_not_known_is_no_zero() -> None:
+    table = markdown_table([record("eager-sam", 3.0), record("onnx", 3.0, peak=0)], "eager-sam")
+    assert "| onnx | 3.000 | 3.000–3.000 | 1.00 | 3/3 | – | – | – | – | 0 |" in table
 
 
 def test_only_calls_inside_a_step_count() -> None:
@@ -181,7 +199,8 @@ def test_the_whole_way_on_the_cpu(
     assert "### mlp" in text
     for name in ("eager-sam", "torchscript"):
         assert f"\n| {name} | " in text
-    assert "| none | none | yes |" in text
+    # A scripted step asks whether it is finite, which on a GPU would be a wait.
+    assert "| none | aten::_local_scalar_dense 1 times (on the CPU) | not judged |" in text
     assert "time by the wall clock" in text
 
 
