@@ -11,8 +11,11 @@ import torch
 from sam_export.runtime import cuda_libraries
 from scripts import gpu_check
 from scripts.bench_cases import CASES
+from scripts.bench_child import Meter, run_steps
+from scripts.bench_contestants import CONTESTANTS
 from scripts.bench_records import Record, Round
 from scripts.bench_table import markdown_table
+from scripts.gpu_record import Section, page
 from scripts.gpu_verdicts import (
     LARGE,
     LAUNCH_BOUND,
@@ -209,3 +212,63 @@ def test_its_cases_are_there() -> None:
         assert not CASES[name].draws
     depths = CASES[LARGE].model()
     assert sum(isinstance(m, torch.nn.Conv2d) for m in depths.modules()) == 28
+
+
+class Event:
+    """Stands for `torch.cuda.Event`: the device's clock, in milliseconds."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.time = self.waited_for = -1.0
+
+    def record(self) -> None:
+        Event.clock += 40.0
+        self.time = Event.clock
+
+    def synchronize(self) -> None:
+        self.waited_for = self.time
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.waited_for == end.time
+        return end.time - self.time
+
+
+def test_on_cuda_time_is_by_events_and_memory_is_the_allocators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against stand-ins for `torch.cuda`; on a GPU it has not run."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    meter = Meter("cuda:1", CONTESTANTS["torch-compile"])
+    batches = itertools.cycle([(1.0, 2.0)])
+    timed = run_steps(lambda x, y: x + y, batches, 3, meter)
+    assert timed["device_s"] == pytest.approx(0.04)
+    assert timed["loss"] == 3.0
+    meter.forget_peak()
+    assert (meter.resident(), meter.peak()) == (5, 7)
+    assert calls == [torch.device("cuda:1"), "empty", "reset"]
+
+
+def test_without_torch_a_gpu_is_timed_by_the_wall_clock() -> None:
+    meter = Meter("cuda", CONTESTANTS["onnx"])
+    timed = run_steps(lambda x, y: x + y, itertools.cycle([(1.0, 2.0)]), 3, meter)
+    assert 0 < timed["device_s"] <= timed["wall_s"]
+    assert (meter.resident(), meter.peak()) == (0, 0)
+
+
+def test_the_record_of_a_gpu_says_so() -> None:
+    section = Section("mlp", "an MLP", [record("eager-sam", 3.0)])
+    parity = [Parity("mlp", "onnx", None, "no onnxruntime-gpu")]
+    text = page("cuda", ["GPUs: A"], parity, 5, [section], 30, [], {"onnx": "no onnxruntime-gpu"})
+    assert "device cuda\n" in text
+    absent = "- Not run, `onnx`: no onnxruntime-gpu"
+    for words in ("time by CUDA events", "torch's allocator", absent):
+        assert words in text
+    assert "| mlp | onnx | not run | no onnxruntime-gpu |" in text
