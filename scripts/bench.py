@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from scripts.bench_cases import CASES, DEFAULT_CASES, Case
-from scripts.bench_contestants import CONTESTANTS, REFERENCE, Contestant
+from scripts.bench_contestants import CONTESTANTS, DEFAULT_CONTESTANTS, REFERENCE, Contestant
 from scripts.bench_records import Record, Round, loss_disagreements, steps_per_round, wants_more
 from scripts.bench_table import markdown_page, markdown_table
 
@@ -40,11 +40,18 @@ class Child:
     """The process of one contestant; a context manager that ends it."""
 
     def __init__(
-        self, contestant: Contestant, case: Case, folder: Path, artifact: Path | None, threads: int
+        self,
+        contestant: Contestant,
+        case: Case,
+        folder: Path,
+        artifact: Path | None,
+        threads: int,
+        device: str,
     ) -> None:
         command = [sys.executable, "-m", "scripts.bench_child"]
         command += ["--contestant", contestant.name, "--case", case.name]
         command += ["--batches", str(folder / "batches.npz"), "--threads", str(threads)]
+        command += ["--device", device]
         if artifact is not None:
             command += ["--artifact", str(artifact)]
         self._log = (folder / f"{contestant.name}.log").open("w+")
@@ -116,15 +123,17 @@ def write_batches(case: Case, folder: Path) -> None:
     np.savez(folder / "batches.npz", **arrays)
 
 
-def export_artifact(case: Case, target: str, folder: Path) -> tuple[Path, float]:
+def export_artifact(case: Case, target: str, folder: Path, device: str) -> tuple[Path, float]:
     """Exports the case's step; returns the artifact's folder and the seconds it took."""
     import sam_export as sx
+    from sam_export.api import device_to_build_for
 
     step, batches = case.recipe()
+    step.model.to(device)
     start = time.perf_counter()
-    captured = sx.capture(step, batches[0])
+    captured = sx.capture(step, tuple(value.to(device) for value in batches[0]))
     path = folder / f"artifact-{target}"
-    sx.export(captured, path, target=target)
+    sx.export(captured, path, target=target, device=device_to_build_for(target, device))
     return path, time.perf_counter() - start
 
 
@@ -151,24 +160,41 @@ class Running:
         except ChildFailed as error:
             self.record.error = f"ChildFailed: {error}"
             return
-        self.record.rounds.append(Round(self.steps, timed["wall_s"], timed["cpu_s"]))
+        self.record.rounds.append(
+            Round(self.steps, timed["wall_s"], timed["cpu_s"], timed["device_s"])
+        )
 
     def read_peak(self) -> None:
         """Asks for the peak memory of the rounds."""
         if self.record.error is None:
             self.record.peak = self.child.ask("memory")["peak"]
 
+    def read_waits(self, steps: int) -> None:
+        """Asks a contestant with torch for the calls in a step that wait for the device."""
+        if self.record.error is None and CONTESTANTS[self.record.contestant].tensors:
+            try:
+                self.record.waits = self.child.ask("profile", steps=steps)["waits"]
+            except ChildFailed as error:
+                self.record.error = f"ChildFailed under the profiler: {error}"
+
 
 def build(
-    stack: ExitStack, contestant: Contestant, case: Case, folder: Path, record: Record
+    stack: ExitStack,
+    contestant: Contestant,
+    case: Case,
+    folder: Path,
+    record: Record,
+    device: str = "cpu",
 ) -> Running | None:
     """Starts one contestant and waits until it is built and warm; None where that fails."""
     artifact = None
     try:
         if contestant.target is not None:
-            artifact, record.export_s = export_artifact(case, contestant.target, folder)
+            artifact, record.export_s = export_artifact(case, contestant.target, folder, device)
         start = time.perf_counter()
-        child = stack.enter_context(Child(contestant, case, folder, artifact, record.threads))
+        child = stack.enter_context(
+            Child(contestant, case, folder, artifact, record.threads, device)
+        )
         built = child.listen()
         record.start_s = time.perf_counter() - start
         record.build_s, record.losses = built["build_s"], built["losses"]
@@ -181,20 +207,36 @@ def build(
     return Running(record, child, steps_per_round(warm["step_s"], ROUND_SECONDS))
 
 
-def run_case(case: Case, contestants: list[Contestant], rounds: int, threads: int) -> list[Record]:
-    """Measures all contestants on one case."""
+def run_case(
+    case: Case,
+    contestants: list[Contestant],
+    rounds: int,
+    threads: int,
+    device: str = "cpu",
+    profiled_steps: int = 0,
+) -> list[Record]:
+    """Measures all contestants on one case.
+
+    Args:
+        case: The model and its batches.
+        contestants: Who runs.
+        rounds: Rounds that are to count.
+        threads: Of each contestant.
+        device: Where they run; on CUDA, time and memory are the device's.
+        profiled_steps: Steps to look at with torch's profiler after the rounds, see `gpu_waits`.
+    """
     with tempfile.TemporaryDirectory(prefix="sam-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         write_batches(case, folder)
         records = [Record(contestant.name, threads) for contestant in contestants]
         running: list[Running] = []
         for contestant, record in zip(contestants, records, strict=True):
-            entry = build(stack, contestant, case, folder, record)
+            entry = build(stack, contestant, case, folder, record, device)
             _say(f"{case.name}: {contestant.name}: {record.error or 'built'}")
             if entry is not None:
                 running.append(entry)
         index = 0
-        while wants_more(records, rounds, MAX_ROUNDS_FACTOR * rounds):
+        while running and wants_more(records, rounds, MAX_ROUNDS_FACTOR * rounds):
             # A different contestant goes first each time.
             shift = index % len(running)
             for entry in running[shift:] + running[:shift]:
@@ -204,6 +246,8 @@ def run_case(case: Case, contestants: list[Contestant], rounds: int, threads: in
             _say(f"{case.name}: round {index}, {fewest} of {rounds} count")
         for entry in running:
             entry.read_peak()
+            if profiled_steps:
+                entry.read_waits(profiled_steps)
     return records
 
 
@@ -232,8 +276,8 @@ def main(argv: list[str] | None = None) -> int:
         help=f"of {', '.join(comparable)} (default: {', '.join(DEFAULT_CASES)})",
     )  # fmt: skip
     parser.add_argument(
-        "--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS),
-        metavar="NAME", help=f"of {', '.join(CONTESTANTS)} (default: all)",
+        "--contestants", nargs="+", choices=list(CONTESTANTS), default=list(DEFAULT_CONTESTANTS),
+        metavar="NAME", help=f"of {', '.join(CONTESTANTS)} (default: all but compiled-base)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="Markdown file to write (docs/benchmarks/...)")
     options = parser.parse_args(argv)

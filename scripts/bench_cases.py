@@ -69,19 +69,24 @@ def _mlp(name: str, description: str, hidden: tuple[int, ...]) -> Case:
     return Case(name, description, recipe, model)
 
 
-def _wide_resnet(name: str, dropout: float = 0.0) -> Case:
+def _wide_resnet(
+    name: str, dropout: float = 0.0, depth: int = 16, width: int = 4, batch_size: int = 32
+) -> Case:
+    options: dict[str, Any] = {"depth": depth, "width": width, "dropout": dropout}
+
     def recipe() -> Any:
         from models import wide_resnet
 
-        options = {"optimizer": OPTIMIZER, "rho": RHO, "dropout": dropout, "num_batches": 4}
-        return wide_resnet.recipe(SEED, 32, **options)
+        return wide_resnet.recipe(
+            SEED, batch_size, optimizer=OPTIMIZER, rho=RHO, num_batches=4, **options
+        )
 
     def model() -> nn.Module:
         from models.wide_resnet import WideResNet
 
-        return _seeded(lambda: WideResNet(dropout=dropout))
+        return _seeded(lambda: WideResNet(**options))
 
-    description = f"WRN-16-4{_with(dropout)}, 3x32x32, batch 32"
+    description = f"WRN-{depth}-{width}{_with(dropout)}, 3x32x32, batch {batch_size}"
     return Case(name, description, recipe, model, draws=dropout > 0)
 
 
@@ -147,6 +152,7 @@ CASES = {
         _digits_cnn("digits_cnn_32", 32),
         _wide_resnet("wide_resnet"),
         _wide_resnet("wide_resnet_dropout", 0.3),
+        _wide_resnet("wide_resnet_28_10", depth=28, width=10, batch_size=128),
         _vit("vit", 0.0),
         _vit("vit_dropout", 0.1),
         _gpt("gpt", 0.0),

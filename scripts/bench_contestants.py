@@ -28,7 +28,8 @@ class Contestant:
         description: For people.
         prepare: Imports what the contestant needs and sets its threads, so that the memory before
             the first step is built holds the imports.
-        build: Makes the step function from the case and, for a session, its artifact.
+        build: Makes the step function from the case and, for a session, its artifact; for a number
+            of threads and a device.
         tensors: Whether batches are torch tensors (else NumPy arrays).
         is_sam: Whether it takes SAM steps (the base optimizer does not).
         target: For a session: the target its artifact is exported to.
@@ -37,7 +38,7 @@ class Contestant:
     name: str
     description: str
     prepare: Callable[[int], None]
-    build: Callable[[Case, Path | None, int], StepFunction]
+    build: Callable[[Case, Path | None, int, str], StepFunction]
     tensors: bool
     is_sam: bool = True
     target: str | None = None
@@ -76,11 +77,11 @@ def _prepare_onnx_session(threads: int) -> None:
     import sam_export  # noqa: F401
 
 
-def _model_and_optimizer(case: Case) -> tuple[Any, Any]:
-    """The case's model and a stock optimizer over it."""
+def _model_and_optimizer(case: Case, device: str) -> tuple[Any, Any]:
+    """The case's model on a device, and a stock optimizer over it."""
     from models.optimizers import BASE_OPTIMIZERS
 
-    model = case.model()
+    model = case.model().to(device)
     base_cls, kwargs = BASE_OPTIMIZERS[OPTIMIZER]
     return model, base_cls(model.parameters(), **kwargs)
 
@@ -122,13 +123,13 @@ def sam_loop(model: Any, forward: Any, optimizer: Any, rho: float, criterion: An
     return step
 
 
-def base_loop(model: Any, optimizer: Any, criterion: Any) -> StepFunction:
-    """One ordinary training step in plain PyTorch."""
+def base_loop(model: Any, forward: Any, optimizer: Any, criterion: Any) -> StepFunction:
+    """One ordinary training step in plain PyTorch; the arguments are those of `sam_loop`."""
     model.train()
 
     def step(x: Any, y: Any) -> Any:
         optimizer.zero_grad()
-        loss = criterion(model(x), y)
+        loss = criterion(forward(x), y)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -136,32 +137,41 @@ def base_loop(model: Any, optimizer: Any, criterion: Any) -> StepFunction:
     return step
 
 
-def _eager_sam(case: Case, artifact: Path | None, threads: int) -> StepFunction:
+def _eager_sam(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
     del artifact, threads
-    model, optimizer = _model_and_optimizer(case)
+    model, optimizer = _model_and_optimizer(case, device)
     return sam_loop(model, model, optimizer, RHO, case.loss())
 
 
-def _eager_base(case: Case, artifact: Path | None, threads: int) -> StepFunction:
+def _eager_base(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
     del artifact, threads
-    return base_loop(*_model_and_optimizer(case), case.loss())
+    model, optimizer = _model_and_optimizer(case, device)
+    return base_loop(model, model, optimizer, case.loss())
 
 
-def _compiled_model(case: Case, artifact: Path | None, threads: int) -> StepFunction:
+def _compiled_base(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
     del artifact, threads
     import torch
 
-    model, optimizer = _model_and_optimizer(case)
+    model, optimizer = _model_and_optimizer(case, device)
+    return base_loop(model, torch.compile(model), optimizer, case.loss())
+
+
+def _compiled_model(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
+    del artifact, threads
+    import torch
+
+    model, optimizer = _model_and_optimizer(case, device)
     return sam_loop(model, torch.compile(model), optimizer, RHO, case.loss())
 
 
-def _session(case: Case, artifact: Path | None, threads: int) -> StepFunction:
+def _session(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
     del case
     import sam_export as sx
 
     if artifact is None:
         raise ValueError("A session contestant needs the folder of its artifact.")
-    session = sx.load(artifact, device="cpu", threads=threads)
+    session = sx.load(artifact, device=device, threads=threads)
 
     def step(x: Any, y: Any) -> Any:
         return session.step(x, y).loss
@@ -180,6 +190,14 @@ CONTESTANTS = {
         ),
         Contestant(
             "eager-base", "base optimizer alone, one pass", _prepare_torch, _eager_base, True, False
+        ),
+        Contestant(
+            "compiled-base",
+            "base optimizer alone, one pass of torch.compile(model)",
+            _prepare_compiler,
+            _compiled_base,
+            True,
+            False,
         ),
         Contestant(
             "compiled-model",
@@ -238,3 +256,6 @@ CONTESTANTS = {
         ),
     )
 }
+
+DEFAULT_CONTESTANTS = tuple(name for name in CONTESTANTS if name != "compiled-base")
+"""Those of `scripts/bench`; `scripts/gpu_check` wants the other one too."""

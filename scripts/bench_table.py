@@ -47,16 +47,18 @@ def _row(record: Record, base: Record | None) -> str:
         cells = [record.contestant, f"failed: {reason}", *[_MISSING] * (len(_COLUMNS) - 2)]
         return "| " + " | ".join(cells) + " |"
     spread = record.spread_ms
+    # A process without torch does not know what it takes of a GPU's memory.
+    peak, working = (record.peak, record.working_memory) if record.peak else (None, None)
     cells = [
         record.contestant,
         _number(record.step_ms, 3),
         _MISSING if spread is None else f"{spread[0]:.3f}–{spread[1]:.3f}",
         _number(ratio(record.step_ms, base.step_ms if base else None), 2),
         f"{len(record.counted)}/{len(record.rounds)}",
-        _number(record.peak / _MIB, 0),
-        _number(ratio(record.peak, base.peak if base else None), 2),
-        _number(record.working_memory / _MIB, 1),
-        _number(ratio(record.working_memory, base.working_memory if base else None), 2),
+        _number(None if peak is None else peak / _MIB, 0),
+        _number(ratio(peak, base.peak if base else None), 2),
+        _number(None if working is None else working / _MIB, 1),
+        _number(ratio(working, base.working_memory if base else None), 2),
         _number(record.memory_built / _MIB, 0),
         _number(record.export_s, 1),
         _number(record.build_s, 1),

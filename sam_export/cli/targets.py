@@ -22,7 +22,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "targets",
         help="show which targets work on this machine",
         description="Shows the engines of this machine with their versions and execution "
-        "providers, and for each target what is missing to export to it or to train with it.",
+        "providers, and for each target what is missing to export to it or to train with it; for "
+        "CUDA, which libraries, or the driver.",
         epilog=_EPILOG,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -61,6 +62,11 @@ def run(args: argparse.Namespace) -> int:
     problems = [
         f"{runtime.name}: {runtime.problem}" for runtime in status.runtimes if runtime.problem
     ]
+    problems += [
+        f"{runtime.name}: training with device=cuda cannot start: {runtime.cuda_problem}"
+        for runtime in status.runtimes
+        if runtime.cuda_problem
+    ]
     for line in ("", *advice, *problems) if advice or problems else ():
         print(line)
     return 0
@@ -71,4 +77,9 @@ def _verdict(missing: tuple[Missing, ...]) -> str:
 
 
 def _providers(runtime: RuntimeStatus) -> str:
-    return "cannot be used" if runtime.problem else ", ".join(runtime.providers)
+    if runtime.problem:
+        return "cannot be used"
+    return ", ".join(
+        f"{name} (cannot start)" if runtime.cuda_problem and name.startswith("CUDA") else name
+        for name in runtime.providers
+    )

@@ -12,13 +12,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
+from sam_export._compat.onnxruntime_import import without_ortmodule
 from sam_export.errors import RuntimeUnavailableError
+from sam_export.runtime.cuda_libraries import cuda_problem
 
 ONNXRUNTIME_DISTRIBUTIONS = (
     "onnxruntime",
@@ -38,6 +39,7 @@ ONNXRUNTIME_DISTRIBUTIONS = (
 _INSTALL_ORT = 'pip install "sam_export[ort]"'
 _INSTALL_ORT_GPU = 'pip install "sam_export[ort-gpu]"'
 _INSTALL_ORT_TRAINING = 'pip install "sam_export[ort-training]"'
+_INSTALL_ORT_TRAINING_GPU = 'pip install "sam_export[ort-training-gpu]"'
 _INSTALL_EXPORT = 'pip install "sam_export[export]"'
 
 
@@ -78,12 +80,14 @@ class RuntimeStatus:
         version: Its version; None when it is not installed.
         providers: ONNX Runtime's execution providers, best first; empty for the others.
         problem: Why it cannot be used although it is installed; None when it can.
+        cuda_problem: Why its CUDA provider cannot start; None when it can, or when it has none.
     """
 
     name: str
     version: str | None
     providers: tuple[str, ...] = ()
     problem: str | None = None
+    cuda_problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def require_onnxruntime() -> ModuleType:
             f"(pip uninstall -y {' '.join(found)}), then install the one you want."
         )
     try:
-        with _without_ortmodule():
+        with without_ortmodule():
             module = importlib.import_module("onnxruntime")
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
@@ -145,11 +149,7 @@ def require_onnxruntime() -> ModuleType:
     except ImportError as error:
         raise RuntimeUnavailableError(_cannot_load(found, error)) from error
     if not hasattr(module, "InferenceSession"):  # an uninstall left the empty folder
-        raise RuntimeUnavailableError(
-            f"The import name `onnxruntime` is there ({_location(module)}) but holds no "
-            f"InferenceSession: the remains of an uninstalled package. Remove that folder, then "
-            f"install again: {_INSTALL_ORT}."
-        )
+        raise RuntimeUnavailableError(_emptied(found, module))
     return module
 
 
@@ -167,7 +167,7 @@ def require_training_build() -> ModuleType:
         raise RuntimeUnavailableError(
             "This target needs a training build of ONNX Runtime; "
             f"{listed or module.__version__} is one for inference. Replace it: "
-            f"pip uninstall -y {' '.join(found)} && {_INSTALL_ORT_TRAINING}."
+            f"pip uninstall -y {' '.join(found)} && {_install_training(found)}."
         )
     return module
 
@@ -184,19 +184,27 @@ def require_provider(device: str) -> list[str]:
         really came up can only be seen from the session (``get_providers()[0]``).
 
     Raises:
-        RuntimeUnavailableError: The device has another form, or this build of ONNX Runtime has no
-            provider for it.
+        RuntimeUnavailableError: The device has another form, this build of ONNX Runtime has no
+            provider for it, or the provider's libraries, the driver or the GPU are missing.
     """
-    kind, _ = parse_device(device)
-    available = require_onnxruntime().get_available_providers()
+    kind, number = parse_device(device)
+    module = require_onnxruntime()
+    available = module.get_available_providers()
     wanted = ["CUDAExecutionProvider"] if kind == "cuda" else []
     wanted.append("CPUExecutionProvider")
     if wanted[0] in available:
+        problem = cuda_problem(module, number) if kind == "cuda" else None
+        if problem is not None:
+            raise RuntimeUnavailableError(
+                f"device={device!r} needs {wanted[0]}, which cannot start here: {problem}."
+            )
         return wanted
     found = onnxruntime_distributions()
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     replace = f"pip uninstall -y {' '.join(found)} && " if found else ""
     install = _INSTALL_ORT_GPU if kind == "cuda" else _INSTALL_ORT
+    if kind == "cuda" and any("training" in name for name in found):
+        install = f"{_INSTALL_ORT_TRAINING_GPU} in Python 3.11, or for the target onnx {install}"
     raise RuntimeUnavailableError(
         f"device={device!r} needs {wanted[0]}; the ONNX Runtime of this machine "
         f"({listed or 'not installed by pip'}) has only {', '.join(available)}. Install a build "
@@ -243,26 +251,6 @@ def target_status(target: str) -> TargetStatus:
     return TargetStatus(target, _missing(export), _missing(run))
 
 
-@contextmanager
-def _without_ortmodule() -> Iterator[None]:
-    """Keeps the training builds of ONNX Runtime from importing torch, and onnx, at their import.
-
-    They try ``from onnxruntime.training.ortmodule import ORTModule`` only to see whether it is
-    there, and go on without it (``capi/onnxruntime_validation.py``, line 69 in 1.19.2). Where torch
-    is installed that costs seconds and hundreds of megabytes. ``onnxruntime.training`` can be
-    imported as usual afterwards.
-    """
-    name = "onnxruntime.training"
-    if "onnxruntime" in sys.modules or "torch" in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
 def _at_least(distribution: str, minimum: str, install: str) -> Callable[[], Missing | None]:
     def check() -> Missing | None:
         found = installed_version(distribution)
@@ -278,12 +266,16 @@ def _at_least(distribution: str, minimum: str, install: str) -> Callable[[], Mis
 def _onnxruntime() -> Missing | None:
     try:
         require_onnxruntime()
-    except RuntimeUnavailableError as error:
+    except RuntimeUnavailableError:
         found = onnxruntime_distributions()
         if not found:
             return Missing("ONNX Runtime", _INSTALL_ORT)
         if len(found) == 1:
-            return Missing(str(error), f"pip install --force-reinstall {next(iter(found))}")
+            ((name, version),) = found.items()
+            return Missing(
+                f"an ONNX Runtime that can be loaded ({name} {version} cannot)",
+                f"pip install --force-reinstall --no-deps {name}=={version}",
+            )
         return Missing(
             f"one package of ONNX Runtime instead of {len(found)} ({', '.join(found)})",
             f"pip uninstall -y {' '.join(found)} && {_INSTALL_ORT}",
@@ -292,19 +284,30 @@ def _onnxruntime() -> Missing | None:
 
 
 def _training_build() -> Missing | None:
+    found = onnxruntime_distributions()
+    remove = f"pip uninstall -y {' '.join(found)} && " if found else ""
+    install = f"{remove}{_install_training(found)}"
     missing = _onnxruntime()
     if missing is not None:
-        return Missing("a training build of ONNX Runtime", _INSTALL_ORT_TRAINING)
+        if not found:
+            return Missing("a training build of ONNX Runtime", install)
+        return Missing(f"a training build of ONNX Runtime, and {missing.what}", install)
     try:
         require_training_build()
     except RuntimeUnavailableError:
-        found = onnxruntime_distributions()
         listed = ", ".join(f"{name} {version}" for name, version in found.items())
-        return Missing(
-            f"a training build of ONNX Runtime (found {listed})",
-            f"pip uninstall -y {' '.join(found)} && {_INSTALL_ORT_TRAINING}",
-        )
+        return Missing(f"a training build of ONNX Runtime (found {listed})", install)
     return None
+
+
+def _install_training(found: Iterable[str]) -> str:
+    """The command that brings a training build, for CUDA where a build for it was there."""
+    gpu = any("gpu" in name or name == "onnxruntime-training" for name in found)
+    install = _INSTALL_ORT_TRAINING_GPU if gpu else _INSTALL_ORT_TRAINING
+    newest, here = (3, 11 if gpu else 12), sys.version_info[:2]
+    if here <= newest:
+        return install
+    return f"{install} in Python {newest[0]}.{newest[1]}; there is none for {here[0]}.{here[1]}"
 
 
 def _cpp_compiler() -> Missing | None:
@@ -343,15 +346,22 @@ def _missing(needs: Needs) -> tuple[Missing, ...]:
 
 def _onnxruntime_status() -> list[RuntimeStatus]:
     found = onnxruntime_distributions()
+    cuda: str | None = None
     try:
-        providers: tuple[str, ...] = tuple(require_onnxruntime().get_available_providers())
+        module = require_onnxruntime()
+        providers: tuple[str, ...] = tuple(module.get_available_providers())
         problem = None
+        if "CUDAExecutionProvider" in providers:
+            cuda = cuda_problem(module)
     except RuntimeUnavailableError as error:
         providers, problem = (), str(error)
-    if not found and problem is not None:
-        return [RuntimeStatus("onnxruntime", None)]
+        if not found:
+            remains = "remains" in problem
+            return [RuntimeStatus("onnxruntime", None, problem=problem if remains else None)]
     named = found or {"onnxruntime": str(require_onnxruntime().__version__)}
-    return [RuntimeStatus(name, version, providers, problem) for name, version in named.items()]
+    return [
+        RuntimeStatus(name, version, providers, problem, cuda) for name, version in named.items()
+    ]
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -364,5 +374,16 @@ def _cannot_load(found: dict[str, str], error: ImportError) -> str:
     return f"{listed} is installed but cannot be loaded: {error}. Install it again."
 
 
-def _location(module: ModuleType) -> str:
-    return ", ".join(getattr(module, "__path__", [])) or "unknown place"
+def _emptied(found: dict[str, str], module: ModuleType) -> str:
+    place = ", ".join(getattr(module, "__path__", [])) or "unknown place"
+    empty = f"The import name `onnxruntime` is there ({place}) but holds no InferenceSession: "
+    if not found:
+        return (
+            f"{empty}the remains of an uninstalled package. Remove that folder, then install "
+            f"again: {_INSTALL_ORT}."
+        )
+    ((name, version),) = found.items()
+    return (
+        f"{empty}the files of {name} {version} went when another package of ONNX Runtime was "
+        f"uninstalled. Install it again: pip install --force-reinstall --no-deps {name}=={version}."
+    )

@@ -22,6 +22,8 @@ SHELL = (
     "scripts/demo",
     "scripts/bench",
     "scripts/test-wide",
+    "scripts/test-onnxruntime",
+    "scripts/gpu_check",
     "scripts/op_coverage",
     "scripts/third_party_models",
     ".ci/run",
@@ -58,7 +60,10 @@ def test_shell_script(file: str) -> None:
     assert path.stat().st_mode & 0o111 == 0o111, f"{file} is not executable"
 
 
-@pytest.mark.parametrize("file", [*SHELL, "Dockerfile", "constraints.txt", "pyproject.toml"])
+PINS = sorted(path.name for path in ROOT.glob("constraints*.txt"))
+
+
+@pytest.mark.parametrize("file", [*SHELL, "Dockerfile", "pyproject.toml", *PINS])
 def test_no_private_registry(file: str) -> None:
     text = (ROOT / file).read_text()
     for word in ("file://", "--find-links", "--trusted-host", "/opt/"):
@@ -67,10 +72,16 @@ def test_no_private_registry(file: str) -> None:
         assert "index-url" not in text
 
 
-def test_every_constraint_is_exact() -> None:
+def test_torch_is_the_first_constraint() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert next(line for line in lines if not line.startswith("#")).startswith("torch==")
+
+
+@pytest.mark.parametrize("file", PINS)
+def test_every_constraint_is_exact(file: str) -> None:
+    lines = (ROOT / file).read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert pins[0].startswith("torch==")
+    assert pins
     for pin in pins:
         name, _, version = pin.partition("==")
         assert name

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import sam_export as sx
+from sam_export.runtime.detect import target_status
 
 TARGETS = ["onnx", "onnx-training", "ort-artifacts", "torch-compile", "torchscript", "aot-inductor"]
+
+RUN_HERE = [target for target in TARGETS if not target_status(target).run]
+"""Those that this environment can run; `conftest.py` skips the tests of the others."""
 
 
 class Small(nn.Module):

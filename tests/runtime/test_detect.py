@@ -99,6 +99,22 @@ def test_remains_of_an_uninstalled_package(bare: Path) -> None:
     (bare / "onnxruntime").mkdir()
     with pytest.raises(RuntimeUnavailableError, match="remains of an uninstalled package"):
         detect.require_onnxruntime()
+    (runtime,) = detect.machine_status().runtimes[3:]
+    assert runtime.version is None
+    assert "Remove that folder" in str(runtime.problem)
+
+
+def test_package_that_lost_its_files_to_another_one(bare: Path) -> None:
+    (bare / "onnxruntime").mkdir()
+    install(bare, "onnxruntime-gpu", "1.31.1")
+    again = "pip install --force-reinstall --no-deps onnxruntime-gpu==1.31.1"
+    with pytest.raises(RuntimeUnavailableError, match=f"onnxruntime-gpu 1.31.1 went.*{again}"):
+        detect.require_onnxruntime()
+    (missing,) = detect.target_status("onnx").run
+    assert (missing.what, missing.install) == (
+        "an ONNX Runtime that can be loaded (onnxruntime-gpu 1.31.1 cannot)",
+        again,
+    )
 
 
 def test_package_that_cannot_be_loaded(bare: Path) -> None:
@@ -149,7 +165,79 @@ def test_cuda_absent(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "'cuda:1' needs CUDAExecutionProvider" in message
     assert "onnxruntime-training-cpu 1.19.2" in message
     assert "has only AzureExecutionProvider, CPUExecutionProvider" in message
-    assert 'pip install "sam_export[ort-gpu]"' in message
+    assert message.endswith(
+        "pip uninstall -y onnxruntime-training-cpu && "
+        'pip install "sam_export[ort-training-gpu]" in Python 3.11, '
+        'or for the target onnx pip install "sam_export[ort-gpu]".'
+    )
+
+
+def test_cuda_absent_from_a_build_for_inference(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(bare, "onnxruntime", "1.32.0")
+    use_module(monkeypatch, ["CPUExecutionProvider"])
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        detect.require_provider("cuda")
+    assert str(caught.value).endswith(
+        'pip uninstall -y onnxruntime && pip install "sam_export[ort-gpu]".'
+    )
+
+
+@pytest.mark.parametrize(
+    ("problem", "number"), [("it cannot load libcudnn.so.9", 0), ("there is no GPU 1", 1)]
+)
+def test_cuda_that_cannot_start(
+    problem: str, number: int, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(bare, "onnxruntime-gpu", "1.31.1")
+    use_module(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        detect, "cuda_problem", lambda module, n=0: problem if n == number else None
+    )
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        detect.require_provider(f"cuda:{number}")
+    assert "CUDAExecutionProvider, which cannot start here: " + problem in str(caught.value)
+    assert detect.require_provider("cpu") == ["CPUExecutionProvider"]
+    (runtime,) = detect.machine_status().runtimes[3:]
+    assert runtime.cuda_problem == (problem if number == 0 else None)
+    assert runtime.problem is None
+    assert detect.target_status("onnx").run == ()
+
+
+@pytest.mark.parametrize(
+    ("packages", "version", "advice"),
+    [
+        ((), (3, 11), 'pip install "sam_export[ort-training]"'),
+        ((), (3, 13), 'pip install "sam_export[ort-training]" in Python 3.12; there is none for'),
+        (
+            ("onnxruntime", "onnxruntime-gpu"),
+            (3, 11),
+            "pip uninstall -y onnxruntime onnxruntime-gpu && "
+            'pip install "sam_export[ort-training-gpu]"',
+        ),
+        (
+            ("onnxruntime-gpu",),
+            (3, 12),
+            "pip uninstall -y onnxruntime-gpu && "
+            'pip install "sam_export[ort-training-gpu]" in Python 3.11; there is none for 3.12',
+        ),
+    ],
+)
+def test_advice_for_a_training_build(
+    packages: tuple[str, ...],
+    version: tuple[int, int],
+    advice: str,
+    bare: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for package in packages:
+        install(bare, package, "1.31.1")
+    monkeypatch.setattr(sys, "version_info", (*version, 0))
+    (missing,) = detect.target_status("onnx-training").run
+    assert missing.what.startswith("a training build of ONNX Runtime")
+    assert ("instead of 2" in missing.what) is (len(packages) == 2)
+    assert missing.install.startswith(advice)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda1", "cuda:", "cpu:0", "", "CUDA"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sam_export as sx
+from sam_export.runtime.detect import target_status
 from tests.runtime.target_cases import images, make
 
 
@@ -42,6 +43,9 @@ def test_a_build_for_inference_is_refused_by_name(
     assert 'pip install "sam_export[ort-training]"' in str(raised.value)
 
 
+@pytest.mark.skipif(
+    bool(target_status("onnx-training").run), reason="needs a training build of ONNX Runtime"
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_is_fine(folder: Path) -> None:
     """Running statistics too, and what the runtime keeps of BatchNorm."""
     session, other = sx.load(folder, threads=1), sx.load(folder, threads=1)

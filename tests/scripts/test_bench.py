@@ -171,7 +171,7 @@ def test_base_loop_is_the_base_optimizer() -> None:
             parameters, torch.autograd.grad(loss, parameters), strict=True
         )
     ]
-    base_loop(model, torch.optim.SGD(parameters, lr=0.5), torch.nn.CrossEntropyLoss())(x, y)
+    base_loop(model, model, torch.optim.SGD(parameters, lr=0.5), torch.nn.CrossEntropyLoss())(x, y)
     for parameter, value in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=0)
 
@@ -179,7 +179,7 @@ def test_base_loop_is_the_base_optimizer() -> None:
 def test_a_child_answers_and_reports(tmp_path: Path) -> None:
     case = CASES["mlp"]
     write_batches(case, tmp_path)
-    with Child(CONTESTANTS[REFERENCE], case, tmp_path, None, 1) as child:
+    with Child(CONTESTANTS[REFERENCE], case, tmp_path, None, 1, "cpu") as child:
         built = child.listen()
         assert built["memory_before"] > 0
         assert len(built["losses"]) == 2
@@ -191,7 +191,7 @@ def test_a_child_answers_and_reports(tmp_path: Path) -> None:
 
 def test_a_child_that_dies_is_reported_with_its_last_words(tmp_path: Path) -> None:
     case = CASES["mlp"]
-    with Child(CONTESTANTS[REFERENCE], case, tmp_path, None, 1) as child:
+    with Child(CONTESTANTS[REFERENCE], case, tmp_path, None, 1, "cpu") as child:
         with pytest.raises(ChildFailed, match=r"FileNotFoundError.*batches\.npz"):
             child.listen()
         with pytest.raises(ChildFailed):
