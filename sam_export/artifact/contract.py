@@ -54,6 +54,9 @@ before that update, 1 after it, int64. A step that changes nothing does not chan
 METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite")
 """The scalar outputs of ``step``, in order; the fields of `StepResult`."""
 
+CLIPPED_METRIC = "perturbed_grad_norm"
+"""One more of them, in a step that clips."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -205,6 +208,11 @@ class StepContract:
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error
+
+
+def metrics_of(semantics: Semantics) -> tuple[str, ...]:
+    """The scalar outputs of a step of these semantics, in order."""
+    return (*METRICS, CLIPPED_METRIC) if semantics.clips else METRICS
 
 
 def discarded_if_not_finite(program: ProgramSpec, semantics: Semantics) -> frozenset[str]:

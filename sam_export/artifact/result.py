@@ -58,6 +58,8 @@ class StepResult:
             ``return_outputs=True``, else None.
         stages: Where it was captured with ``stages=True``: ``g.<parameter>``, ``eps.<parameter>``
             and ``g_adv.<parameter>``.
+        perturbed_grad_norm: With clipping (`Semantics.clip_norm`, ``clip_value``): global L2 norm
+            of ``g_adv`` before it, else None. Scalar.
     """
 
     loss: Any
@@ -67,3 +69,4 @@ class StepResult:
     finite: Any
     outputs: Any = None
     stages: Mapping[str, Any] = field(default_factory=dict)
+    perturbed_grad_norm: Any = None

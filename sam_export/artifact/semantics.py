@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -29,12 +30,24 @@ class Semantics:
             raised; ``"ignore"``: the update is applied regardless.
         decay_in_ascent: Whether ``weight_decay * w`` is part of the gradient that is ascended
             (the authors' code has the decay inside the loss); the base update decays either way.
+        norm_over: Which gradients the norm of the perturbation is over: ``"all"``, or
+            ``"perturbed"``: those of parameters whose group has ``rho != 0``, so that ``eps_w`` has
+            the norm ``rho`` where only some layers are perturbed (SAM-ON: only normalization
+            layers). ``StepResult.grad_norm`` is over all in either case.
+        clip_norm: Largest L2 norm of ``g_adv``, over all parameters: it is scaled by
+            ``clip_norm / (norm + 1e-6)`` where that is less than 1, as
+            `torch.nn.utils.clip_grad_norm_` does. None: no clipping.
+        clip_value: Largest magnitude of an element of ``g_adv``, as
+            `torch.nn.utils.clip_grad_value_`. With either, ``StepResult.perturbed_grad_norm`` is
+            the norm before clipping.
 
     Raises:
         StepConfigError: A field has a value that is not listed here.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
-        Improving Generalization", 2021, https://arxiv.org/abs/2010.01412
+        Improving Generalization", 2021, https://arxiv.org/abs/2010.01412; SAM-ON: Mueller, Vlaar,
+        Rolnick, Hein, "Normalization Layers Are All That Sharpness-Aware Minimization Needs", 2023,
+        https://arxiv.org/abs/2306.04226
     """
 
     running_stats: Literal["ascent", "both"] = "ascent"
@@ -42,17 +55,28 @@ class Semantics:
     generator: Literal["philox", "torch"] = "philox"
     on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
     decay_in_ascent: bool = False
+    norm_over: Literal["all", "perturbed"] = "all"
+    clip_norm: float | None = None
+    clip_value: float | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in ("clip_norm", "clip_value"):
+                _check_clip(field.name, value)
+                continue
             allowed = (True, False) if hints[field.name] is bool else get_args(hints[field.name])
             if not any(value is choice or value == choice for choice in allowed):
                 raise StepConfigError(
                     f"Semantics({field.name}={value!r}): expected one of "
                     f"{', '.join(repr(choice) for choice in allowed)}."
                 )
+
+    @property
+    def clips(self) -> bool:
+        """Whether ``g_adv`` is clipped."""
+        return self.clip_norm is not None or self.clip_value is not None
 
     @classmethod
     def eager_loop(cls) -> Semantics:
@@ -78,3 +102,11 @@ class Semantics:
                 f"Unknown semantics {', '.join(unknown)}: made by a newer version of sam_export?"
             )
         return cls(**values)
+
+
+def _check_clip(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and math.isfinite(value) and value > 0):
+        raise StepConfigError(
+            f"Semantics({name}={value!r}): expected a finite number above 0, or None."
+        )

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from sam_export.artifact.contract import STAGE
+from sam_export.artifact.contract import CLIPPED_METRIC, STAGE
 from sam_export.errors import ParityError
 from sam_export.parity.disturb import examples
 from sam_export.parity.failures import chosen as chosen_differences
 from sam_export.parity.laws import Law, laws_of_eager, laws_of_target
 from sam_export.parity.ledger import ledger, versions
 from sam_export.parity.oracle import Batch, Oracle
-from sam_export.parity.panel import Panel
+from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.reference import Reference, ReferenceResult, compare_reference
 from sam_export.parity.report import ParityReport, TargetReport
 from sam_export.parity.rollout import (
-    METRICS,
     Progress,
     Run,
     SessionLike,
@@ -292,6 +291,9 @@ def _oracle(step: TrainStep) -> Oracle:
         step_count=step.step_count,
         on_nonfinite=semantics.on_nonfinite,
         decay_in_ascent=semantics.decay_in_ascent,
+        norm_over=semantics.norm_over,
+        clip_norm=semantics.clip_norm,
+        clip_value=semantics.clip_value,
     )
 
 
@@ -318,7 +320,7 @@ def _example(step: TrainStep, batch: Batch) -> Any:
 
 def _judged(run: Run, panel: Panel, tol: Tolerances, laws: tuple[Law, ...] = ()) -> TargetReport:
     roles = dict.fromkeys(panel.parameters, "parameter")
-    roles |= dict.fromkeys((*METRICS, "finite"), "metric")
+    roles |= dict.fromkeys((*METRICS, CLIPPED_METRIC, "finite"), "metric")
     roles |= {name: "stage" for at in run.locked for name in at if name.startswith(STAGE)}
     rows = [
         Row(name, roles.get(name, "state"), "start", 0, 0.0, math.inf, 0.0, math.inf, 0.0, "FAIL",
@@ -332,7 +334,7 @@ def _judged(run: Run, panel: Panel, tol: Tolerances, laws: tuple[Law, ...] = ())
         tipped = run.tipped if mode == "lock-step" else {}
         judged = judge_steps(steps, roles, mode, panel.dtype, tol, tipped)
         noise = {row.name for row in judged if row.verdict == "noise"}
-        worst[mode] = worst_per_step(steps, noise, (*METRICS, "finite"))
+        worst[mode] = worst_per_step(steps, noise, (*METRICS, CLIPPED_METRIC, "finite"))
         every = rows_per_step(steps, roles, mode, panel.dtype, tol)
         series += series_of(every, len(steps))
         rows += judged

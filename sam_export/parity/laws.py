@@ -19,8 +19,8 @@ import torch
 from sam_export.parity.compare import Sample, metric_sample
 from sam_export.parity.disturb import examples, map_batch, permuted
 from sam_export.parity.oracle import Batch, Oracle
-from sam_export.parity.panel import Panel
-from sam_export.parity.rollout import METRICS, Run, compared_from
+from sam_export.parity.panel import METRICS, Panel
+from sam_export.parity.rollout import Run, compared_from
 from sam_export.parity.tolerances import Tolerances
 from sam_export.parity.verdict import floor_and_bound
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sam_export.parity.oracle_random import OracleDraws
+from sam_export.parity.oracle_slots import OracleSlots
 
 Batch = Sequence[Any] | Mapping[str, Any]
 
@@ -51,6 +52,10 @@ class Oracle:
         on_nonfinite: ``"ignore"`` updates regardless; otherwise a step whose losses or gradient
             norms are not finite changes nothing.
         decay_in_ascent: Whether ``weight_decay * w`` is part of the gradient that is ascended.
+        norm_over: ``"all"`` gradients; ``"perturbed"``: those of groups with a radius;
+            ``"tensor"``: each parameter its own (no step of ours, but loops of users).
+        clip_norm: Of ``g_adv``, by `torch.nn.utils.clip_grad_norm_`, after ``clip_value``.
+        clip_value: Of ``g_adv``, by `torch.nn.utils.clip_grad_value_`.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
         Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, algorithm 1.
@@ -70,6 +75,9 @@ class Oracle:
         step_count: int = 0,
         on_nonfinite: str = "skip",
         decay_in_ascent: bool = False,
+        norm_over: str = "all",
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         memo: dict[int, Any] = {}
@@ -81,6 +89,7 @@ class Oracle:
         for name, value in vars(base_optimizer).items():
             if name not in vars(self.optimizer):
                 setattr(self.optimizer, name, copy.deepcopy(value, memo))
+        self._slots = OracleSlots(self.model, self.optimizer)
         self.radius = "sam_rho" if "rho" in base_optimizer.defaults else "rho"
         self.num_targets = num_targets
         self.running_stats = running_stats
@@ -93,15 +102,12 @@ class Oracle:
         """Whether seed and step number are part of the state."""
         self.on_nonfinite = on_nonfinite
         self.decay_in_ascent = decay_in_ascent
-        self.norm_over = "all"
-        """``"tensor"``: each parameter is perturbed by ``rho``, with the norm of its own gradient;
-        no step of ours is that, but loops of users are."""
+        self.norm_over = norm_over
+        self.clip_norm, self.clip_value = clip_norm, clip_value
         self.keeps_stages = False
         """Whether a snapshot holds the gradients and perturbations of the last step."""
         self.stages: dict[str, Tensor] = {}
         self.is_double = False
-        self._numbers: dict[str, type] = {}
-        """Slots that the optimizer keeps as Python numbers, and of which type."""
         self.without_gradient: set[str] = set()
         """Parameters to which the last step gave no gradient: frozen, unused, or not optimized."""
 
@@ -188,10 +194,16 @@ class Oracle:
                         if p.grad is not None:
                             p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
             grad_norm = self._grad_norm()
+            radii = [g[self.radius] for g in groups for p in g["params"] if p.grad is not None]
+            norm_of_perturbed = self._grad_norm(radii)
             for group in groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        norm = grad_norm if self.norm_over == "all" else p.grad.norm()
+                        norm = {
+                            "all": grad_norm,
+                            "perturbed": norm_of_perturbed,
+                            "tensor": p.grad.norm(),
+                        }[self.norm_over]
                         e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
                         e = e.to(p.dtype)
                         old.append((p, p.clone()))
@@ -217,7 +229,8 @@ class Oracle:
                 stages |= {
                     f"g_adv.{name_of[p]}": p.grad.clone() for p, _ in old if p.grad is not None
                 }
-            scalars = (loss, perturbed_loss, grad_norm, self._grad_norm())
+            perturbed_grad_norm = self._grad_norm()
+            scalars = (loss, perturbed_loss, grad_norm, perturbed_grad_norm)
             finite = all(bool(torch.isfinite(value)) for value in scalars)
             self.stages = stages if finite else {}
             if not finite and self.on_nonfinite != "ignore":
@@ -225,9 +238,12 @@ class Oracle:
             else:
                 if self.running_stats == "ascent":
                     self._put_back(buffers, buffers_after_ascent)
+                self._clip()
                 self.optimizer.step()
         self._zero_grad()
+        clipping = {"perturbed_grad_norm": float(perturbed_grad_norm)} if self.clips else {}
         return {
+            **clipping,
             "loss": float(loss.detach()),
             "perturbed_loss": float(perturbed_loss.detach()),
             "grad_norm": float(grad_norm),
@@ -252,15 +268,26 @@ class Oracle:
         loss: Tensor = output if self.loss_fn is None else self.loss_fn(output, *targets)
         return loss
 
-    def _grad_norm(self) -> Tensor:
-        return _norm(
-            [
-                p.grad
-                for group in self.optimizer.param_groups
-                for p in group["params"]
-                if p.grad is not None
-            ]
-        )
+    @property
+    def clips(self) -> bool:
+        """Whether the second gradient is clipped."""
+        return self.clip_norm is not None or self.clip_value is not None
+
+    def _clip(self) -> None:
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(held, self.clip_value, foreach=False)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(held, self.clip_norm, foreach=False)
+
+    def _grad_norm(self, radii: Sequence[float] | None = None) -> Tensor:
+        """Over all gradients, or over those of them whose radius is not zero."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in held if p.grad is not None]
+        if radii is not None:
+            chosen = [g for g, radius in zip(gradients, radii, strict=True) if radius]
+            gradients = chosen or [torch.zeros_like(gradients[0])]
+        return _norm(gradients)
 
     def _without_gradient(self) -> set[str]:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -294,15 +321,7 @@ class Oracle:
         if self.is_counting:
             state |= {"rng.seed": np.array(self.seed), "counter.step": np.array(self.step_count)}
         state |= {f"stage.{name}": _array(value) for name, value in self.stages.items()}
-        for name, p in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor):
-                    state[f"slot.{key}.{name}"] = _array(value)
-                elif _is_number(value):
-                    state[f"slot.{key}.{name}"] = np.array(value, np.float64)
-                elif value is not None:
-                    raise TypeError(f"state[{key!r}] of {name!r} is a {type(value).__name__}")
-        return state
+        return state | self._slots.snapshot()
 
     @torch.no_grad()
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -312,22 +331,7 @@ class Oracle:
             tensor.copy_(torch.tensor(state[name]))
         if self.is_counting:
             self.seed, self.step_count = int(state["rng.seed"]), int(state["counter.step"])
-        for name, p in self.model.named_parameters():
-            entries = self.optimizer.state.pop(p, {})
-            self._numbers |= {key: type(v) for key, v in entries.items() if _is_number(v)}
-            kept: dict[str, Any] = {key: None for key, v in entries.items() if v is None}
-            for full, array in state.items():
-                key = full[len("slot.") : -len(name) - 1]
-                if full == f"slot.{key}.{name}" and "." not in key:
-                    value = torch.tensor(array)
-                    if self.is_double and value.is_floating_point():
-                        value = value.double()
-                    # torch.optim keeps its step counters on the CPU, wherever the parameter lives.
-                    kept[key] = value if key == "step" else value.to(p.device)
-                    if key in self._numbers:
-                        kept[key] = self._numbers[key](value.item())
-            if any(value is not None for value in kept.values()):
-                self.optimizer.state[p] = kept
+        self._slots.load(state, self.is_double)
 
     @contextmanager
     def _drawing(self, first: int) -> Iterator[OracleDraws]:
@@ -384,10 +388,6 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
     norm: Tensor = torch.norm(torch.stack([t.norm().to(tensors[0].device) for t in wide]))
     return norm
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _array(value: Tensor) -> NDArray[Any]:

@@ -26,6 +26,8 @@ from sam_export.parity.tolerances import Tolerances
 _FIRST_DISTURBED = 2
 """The runs before it see weights and batch as they are: eager, and eager with plain sums."""
 
+METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm")
+
 KEPT_BYTES = 2**28
 """Room for the rounds that the next target is compared with too; others are run again for it."""
 
@@ -133,6 +135,7 @@ class Panel:
         self._eager = made()
         self.on_nonfinite = self._eager.on_nonfinite
         self.draws = drew
+        self.metrics = METRICS + (("perturbed_grad_norm",) if probe.clips else ())
         others = drew and not own
         self.judge = self._make_judge(others)
         self._permutes = not drew and self._order_is_neutral()

@@ -32,8 +32,6 @@ from sam_export.parity.panel import Panel, Round, Stepped
 from sam_export.parity.tolerances import Tolerances
 from sam_export.parity.verdict import is_over
 
-METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm")
-
 Progress = Callable[[str, int, int], None]
 """Called with a phase, the steps done and the steps to do."""
 
@@ -327,7 +325,8 @@ def _stepped(
         return Stepped({}, False, dict(run.session.state), run.initial)
     if not finite and panel.on_nonfinite == "raise":
         raise ValueError("the step is not finite and semantics say to raise, but no error came")
-    metrics = {name: float(getattr(result, name)) for name in METRICS}
+    shown = {name: getattr(result, name) for name in panel.metrics}
+    metrics = {name: math.nan if v is None else float(v) for name, v in shown.items()}
     state = dict(run.session.state)
     if panel.stages and bool(result.finite):
         state |= {STAGE + name: np.asarray(value) for name, value in result.stages.items()}
@@ -349,7 +348,7 @@ def _compare(
     result = with_errors(samples, problems, this.judge.state, eager, state, known)
     result["finite"] = flag_sample(this.eager.finite, found.finite)
     if this.eager.finite and found.finite:
-        for name in METRICS:
+        for name in panel.metrics:
             result[name] = metric_sample(
                 this.judge.metrics[name],
                 [each.metrics[name] for each in this.runs],

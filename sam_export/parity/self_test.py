@@ -20,8 +20,9 @@ from sam_export.parity.check import DEFAULT_TARGETS, check_parity
 from sam_export.parity.faults import SELECTOR
 from sam_export.parity.mutants import MUTANTS, NUMBERS, ModelName
 from sam_export.parity.mutated_step import captured_mutants
+from sam_export.parity.panel import METRICS
 from sam_export.parity.report import TargetReport
-from sam_export.parity.rollout import METRICS, Progress
+from sam_export.parity.rollout import Progress
 from sam_export.parity.self_test_models import batches_of, step_of
 from sam_export.parity.self_test_report import Outcome, Result, SelfTestReport
 from sam_export.runtime.session import Session

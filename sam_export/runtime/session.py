@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
 from sam_export.artifact.contract import (
+    CLIPPED_METRIC,
     HYPER,
     METRICS,
     SEED,
@@ -308,6 +309,8 @@ class Session:
             if spec.role == "stage"
         }
         metrics = {name: value(name) for name in METRICS}
+        if CLIPPED_METRIC in results:
+            metrics[CLIPPED_METRIC] = value(CLIPPED_METRIC)
         return StepResult(**metrics, outputs=outputs, stages=stages)
 
     def _set_hyper(self, values: Mapping[str, tuple[float, ...]]) -> None:

@@ -43,6 +43,7 @@ class Passes:
         gradients: ``g_adv`` by parameter name; a parameter that the loss does not use is absent.
         buffers: New buffers by name.
         outputs: The model's output at ``w``, detached.
+        perturbed_grad_norm: Global L2 norm of ``g_adv`` before clipping; None without clipping.
     """
 
     loss: Tensor
@@ -53,6 +54,7 @@ class Passes:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
     outputs: Any
+    perturbed_grad_norm: Tensor | None = None
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -93,9 +95,11 @@ def two_passes(
 
         loss, g  = value and gradient of the objective at w
         g_i     += weight_decay_k(i) * w_i            # only with semantics.decay_in_ascent
-        norm     = sqrt(sum_i ||g_i||^2)
+        norm     = sqrt(sum_i ||g_i||^2)              # norm_over="perturbed": i with rho_k(i) != 0
         eps_i    = g_i * (rho_k(i) / (norm + 1e-12))
         perturbed_loss, g_adv = value and gradient of the objective at w + eps
+        g_adv_i  = min(max(g_adv_i, -clip_value), clip_value)
+        g_adv_i *= min(clip_norm / (sqrt(sum_i ||g_adv_i||^2) + 1e-6), 1)
 
     Args:
         objective: The loss of one batch as a function of parameters and buffers.
@@ -103,7 +107,7 @@ def two_passes(
         buffers: All buffers by name.
         groups: The parameters to train.
         rho: Radius of each group.
-        semantics: Which pass updates the buffers, and whether decay is ascended.
+        semantics: Which pass updates the buffers, whether decay is ascended, which norm, clipping.
         at: Told the name of each stage (``ascent``, ``perturb``, ``descent``, ``check``) before it
             begins.
         stages: Gets what is otherwise only on the way, by name: ``g.<parameter>`` (what is
@@ -130,8 +134,11 @@ def two_passes(
 
     norms = _norms(list(gradients.values()))
     grad_norm = torch.linalg.vector_norm(norms)
+    length = grad_norm
+    if semantics.norm_over == "perturbed":
+        length = torch.linalg.vector_norm(norms * _perturbed(groups, rho, gradients).to(norms))
     perturbed = dict(parameters)
-    scales = [value / (grad_norm + EPSILON) for value in rho]
+    scales = [value / (length + EPSILON) for value in rho]
     scale_of = {
         name: scale
         for group, scale in zip(groups, scales, strict=True)
@@ -141,7 +148,7 @@ def two_passes(
     for name, gradient in gradients.items():
         perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
     if len(scales) == 1:
-        perturbation_norm = scales[0] * grad_norm
+        perturbation_norm = scales[0] * length
     else:
         perturbation_norm = torch.linalg.vector_norm(
             norms * torch.stack([scale_of[name] for name in gradients]).to(norms)
@@ -161,12 +168,15 @@ def two_passes(
     if stages is not None:
         stages |= {f"g_adv.{name}": gradient for name, gradient in gradients.items()}
     at("check")
+    descent_norm = global_norm(list(gradients.values()))
     finite = (
         torch.isfinite(loss)
         & torch.isfinite(perturbed_loss)
         & torch.isfinite(grad_norm)
-        & torch.isfinite(global_norm(list(gradients.values())))
+        & torch.isfinite(descent_norm)
     )
+    if semantics.clips:
+        gradients = _clipped(gradients, descent_norm, semantics)
     return Passes(
         loss=loss,
         perturbed_loss=perturbed_loss,
@@ -176,7 +186,31 @@ def two_passes(
         gradients=gradients,
         buffers=ascent_buffers,
         outputs=outputs,
+        perturbed_grad_norm=descent_norm if semantics.clips else None,
     )
+
+
+def _perturbed(
+    groups: Sequence[Group], rho: Sequence[float | Tensor], gradients: Mapping[str, Tensor]
+) -> Tensor:
+    """1 for each gradient whose parameter has a radius, else 0; float64."""
+    radius = {name: value for group, value in zip(groups, rho, strict=True) for name in group.names}
+    radii = [torch.as_tensor(radius[name], dtype=torch.float64) for name in gradients]
+    return (torch.stack(radii) != 0).double()
+
+
+def _clipped(
+    gradients: Mapping[str, Tensor], norm: Tensor, semantics: Semantics
+) -> dict[str, Tensor]:
+    """By value, then by norm, as `torch.nn.utils` does each; ``norm`` is that of ``gradients``."""
+    clipped = dict(gradients)
+    if (bound := semantics.clip_value) is not None:
+        clipped = {name: value.clamp(-bound, bound) for name, value in clipped.items()}
+        norm = global_norm(list(clipped.values()))
+    if semantics.clip_norm is not None:
+        factor = (semantics.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        clipped = {name: value * factor.to(value) for name, value in clipped.items()}
+    return clipped
 
 
 def _gradient(

@@ -301,6 +301,7 @@ class TrainStep(nn.Module):
             perturbation_norm=passes.perturbation_norm,
             finite=passes.finite,
             outputs=passes.outputs,
+            perturbed_grad_norm=passes.perturbed_grad_norm,
         )
 
     def draws(self, device: torch.device) -> Draws:

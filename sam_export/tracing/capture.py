@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam_export._compat import origins, tracing
+from sam_export._compat import origins
 from sam_export.artifact import tree
 from sam_export.artifact.contract import (
     HYPER,
-    METRICS,
     NEXT,
     SEED,
     STAGE,
@@ -25,6 +24,7 @@ from sam_export.artifact.contract import (
     Role,
     StepContract,
     TensorSpec,
+    metrics_of,
 )
 from sam_export.artifact.philox import EVALUATION
 from sam_export.errors import CaptureError
@@ -45,6 +45,7 @@ from sam_export.tracing.randomness import (
     share_dropout_factors,
 )
 from sam_export.tracing.state import StateLayout, accepts, dtype_name, state_layout
+from sam_export.tracing.surroundings import eval_mode, kernels
 from sam_export.tracing.trace import exported, traced
 
 
@@ -73,7 +74,7 @@ def capture(
             attention, no CPU-only fused kernels); False keeps eager's own kernels.
         stages: Whether the step also returns both gradients and the perturbation of every
             parameter, to see where a difference begins: ``StepResult.stages``. They change what a
-            runtime fuses, so a verdict is taken without them.
+            runtime fuses: a verdict is taken without them.
         dynamic_hyper: Numeric options of the base optimizer, besides ``lr``, that are graph inputs
             too: ``{"weight_decay", "momentum"}``. The graph computes with them, 0 or not (a buffer
             of momentum 0 is the gradient). Others are constants, which a session refuses to change.
@@ -90,13 +91,13 @@ def capture(
             f"{type(step.model).__name__} is in eval mode; a training step would have no dropout "
             "and frozen BatchNorm. Call model.train() before capture."
         )
-    names = list(dict.fromkeys(["lr", "rho", *dynamic_hyper]))
-    hyper = tuple(HyperSpec(name, tuple(now)) for name, now in step.hyper(names).items())
+    now = step.hyper(list(dict.fromkeys(["lr", "rho", *dynamic_hyper])))
+    hyper = tuple(HyperSpec(name, tuple(values)) for name, values in now.items())
     batch = unwrapped(example_batch)
     layout = step.layout(batch)
     dims = dims_of(dynamic, layout.names, layout.tensors(batch))
     values = at_least_two(layout.tensors(batch), dims)
-    with _kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
+    with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
         how = (return_outputs, portable, stages, hyper)
         return _Capture(step, layout, values, dims, state, *how).run()
@@ -146,7 +147,7 @@ class _Capture:
             for name, value, marks in zip(self.layout.names, self.values, self.dims, strict=True)
         )
         model_state = [spec for spec in self.state.specs if spec.role != "slot"]
-        with _eval_mode(self.step.model):
+        with eval_mode(self.step.model):
             self._trace("evaluate", model_state, (), self._evaluate, len(self.layout.inputs))
             self._trace("evaluate_loss", model_state, (), self._evaluate_loss, len(batch))
         graph = self._trace("step", self.state.specs, self.hyper, self._step, len(batch))
@@ -205,8 +206,8 @@ class _Capture:
             leaves = {name: value.detach() for name, value in parameters.items()}
             for name in self.state.trained:
                 leaves[name].requires_grad_()
+            own = {name: value.clone() for name, value in buffers.items()}
             with self._draws_of_evaluation(given):
-                own = {name: value.clone() for name, value in buffers.items()}
                 loss = objective(leaves, own, lambda loss, _: loss)
         return [("loss", "metric", loss.detach())]
 
@@ -229,7 +230,9 @@ class _Capture:
                 stages=stages,
                 started=given.get(STARTED),
             )
-        result: list[Produced] = [(name, "metric", getattr(passes, name)) for name in METRICS]
+        result: list[Produced] = [
+            (name, "metric", getattr(passes, name)) for name in metrics_of(self.step.semantics)
+        ]
         if self.return_outputs:
             result += [(name, "output", leaf) for name, leaf in tree.flatten(passes.outputs)[0]]
         result += [(STAGE + name, "stage", value) for name, value in (stages or {}).items()]
@@ -377,24 +380,3 @@ def _shape(tensor: Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:
         size if isinstance(size, int) else symbols.get(str(size), str(size))
         for size in tensor.shape
     )
-
-
-@contextlib.contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def _kernels(portable: bool) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if portable:
-            backend = torch.nn.attention.SDPBackend.MATH
-            stack.enter_context(torch.nn.attention.sdpa_kernel(backend))
-            stack.enter_context(tracing.without_mkldnn())
-        yield
