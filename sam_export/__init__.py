@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from sam_export.parity.report import ParityReport
     from sam_export.runtime.cuda_options import CudaOptions
     from sam_export.runtime.session import Session
+    from sam_export.step.perturbation import ASAM
     from sam_export.step.sam import SAM
     from sam_export.step.train_step import TrainStep
     from sam_export.tracing.capture import capture
     from sam_export.tracing.captured_step import CapturedStep
 
 _LAZY = {
+    "ASAM": "sam_export.step.perturbation",
     "SAM": "sam_export.step.sam",
     "TrainStep": "sam_export.step.train_step",
     "Semantics": "sam_export.artifact.semantics",
@@ -54,6 +56,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ASAM",
     "SAM",
     "Artifact",
     "ArtifactError",

@@ -136,6 +136,7 @@ class StepContract:
         optimizer: Name of the base optimizer's class, for people.
         baked: The base optimizer's other options, which are constants of the graphs: per parameter
             group, name to a JSON value. They are those that mean something for the result.
+        perturbation: ``sam``, or the name of another one (``ASAM(eta=0.01)``).
     """
 
     state: tuple[TensorSpec, ...]
@@ -148,6 +149,7 @@ class StepContract:
     groups: tuple[tuple[str, ...], ...]
     optimizer: str
     baked: tuple[dict[str, Any], ...] = ()
+    perturbation: str = "sam"
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `ArtifactError` when there is none."""
@@ -205,6 +207,7 @@ class StepContract:
                 groups=tuple(tuple(group) for group in values["groups"]),
                 optimizer=values["optimizer"],
                 baked=tuple(dict(group) for group in values["baked"]),
+                perturbation=values["perturbation"],
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error

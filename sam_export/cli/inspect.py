@@ -97,6 +97,7 @@ def _print_overview(artifact: Artifact) -> None:
         ["target", artifact.target],
         ["size", format_bytes(artifact.size)],
         ["base optimizer", f"{contract.optimizer} over {groups} parameters"],
+        ["perturbation", contract.perturbation],
         ["hyper-parameters", hyper],
         ["constants", _constants(contract)],
         ["batch", f"a {contract.batch_kind} of {', '.join(spec.name for spec in contract.batch)}"],

@@ -35,6 +35,7 @@ from sam_export.parity.series import TensorSeries, series_of
 from sam_export.parity.subjects import built, existing, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
+from sam_export.step.perturbation import ASAM
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
@@ -278,7 +279,7 @@ def _check_request(
 
 
 def _oracle(step: TrainStep) -> Oracle:
-    semantics = step.semantics
+    semantics, other = step.semantics, step.optimizer.perturbation
     return Oracle(
         step.model,
         step.loss_fn,
@@ -292,6 +293,8 @@ def _oracle(step: TrainStep) -> Oracle:
         on_nonfinite=semantics.on_nonfinite,
         decay_in_ascent=semantics.decay_in_ascent,
         norm_over=semantics.norm_over,
+        adaptive=other.eta if isinstance(other, ASAM) else None,
+        perturbation=None if isinstance(other, ASAM) else other,
         clip_norm=semantics.clip_norm,
         clip_value=semantics.clip_value,
     )

@@ -104,6 +104,8 @@ def laws_of_target(run: Run, panel: Panel, tol: Tolerances) -> tuple[Law, ...]:
 
 def _radius(run: Run, panel: Panel, tol: Tolerances) -> Law:
     """The perturbation has the norm rho."""
+    if panel.judge.perturbation is not None or panel.judge.adaptive is not None:
+        return _not_applicable("the perturbation is another one than SAM's")
     radii = set(panel.rho)
     if len(radii) > 1:
         return _not_applicable("groups have different rho")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sam_export.parity.oracle_random import OracleDraws
 from sam_export.parity.oracle_slots import OracleSlots
+from sam_export.parity.oracle_variants import clip, other_perturbation
 
 Batch = Sequence[Any] | Mapping[str, Any]
 
@@ -54,6 +55,8 @@ class Oracle:
         decay_in_ascent: Whether ``weight_decay * w`` is part of the gradient that is ascended.
         norm_over: ``"all"`` gradients; ``"perturbed"``: those of groups with a radius;
             ``"tensor"``: each parameter its own (no step of ours, but loops of users).
+        perturbation: The user's own ``eps``, a function of (parameters, gradients, radii), by name.
+        adaptive: For adaptive SAM: its ``eta``.
         clip_norm: Of ``g_adv``, by `torch.nn.utils.clip_grad_norm_`, after ``clip_value``.
         clip_value: Of ``g_adv``, by `torch.nn.utils.clip_grad_value_`.
 
@@ -76,6 +79,8 @@ class Oracle:
         on_nonfinite: str = "skip",
         decay_in_ascent: bool = False,
         norm_over: str = "all",
+        perturbation: Callable[..., Mapping[str, Tensor]] | None = None,
+        adaptive: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
     ) -> None:
@@ -102,7 +107,7 @@ class Oracle:
         """Whether seed and step number are part of the state."""
         self.on_nonfinite = on_nonfinite
         self.decay_in_ascent = decay_in_ascent
-        self.norm_over = norm_over
+        self.norm_over, self.perturbation, self.adaptive = norm_over, perturbation, adaptive
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.keeps_stages = False
         """Whether a snapshot holds the gradients and perturbations of the last step."""
@@ -194,6 +199,9 @@ class Oracle:
                         if p.grad is not None:
                             p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
             grad_norm = self._grad_norm()
+            others = other_perturbation(
+                self.model, groups, self.radius, self.perturbation, self.adaptive
+            )
             radii = [g[self.radius] for g in groups for p in g["params"] if p.grad is not None]
             norm_of_perturbed = self._grad_norm(radii)
             for group in groups:
@@ -205,7 +213,7 @@ class Oracle:
                             "tensor": p.grad.norm(),
                         }[self.norm_over]
                         e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
-                        e = e.to(p.dtype)
+                        e = (e if others is None else others[name_of[p]]).to(p.dtype)
                         old.append((p, p.clone()))
                         perturbations.append(e)
                         p.add_(e)
@@ -238,7 +246,7 @@ class Oracle:
             else:
                 if self.running_stats == "ascent":
                     self._put_back(buffers, buffers_after_ascent)
-                self._clip()
+                clip(groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
         self._zero_grad()
         clipping = {"perturbed_grad_norm": float(perturbed_grad_norm)} if self.clips else {}
@@ -272,13 +280,6 @@ class Oracle:
     def clips(self) -> bool:
         """Whether the second gradient is clipped."""
         return self.clip_norm is not None or self.clip_value is not None
-
-    def _clip(self) -> None:
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.clip_value is not None:
-            torch.nn.utils.clip_grad_value_(held, self.clip_value, foreach=False)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(held, self.clip_norm, foreach=False)
 
     def _grad_norm(self, radii: Sequence[float] | None = None) -> Tensor:
         """Over all gradients, or over those of them whose radius is not zero."""

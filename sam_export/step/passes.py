@@ -22,6 +22,12 @@ Objective = Callable[
 model has these tensors; may update the buffers."""
 
 
+Perturb = Callable[
+    [Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]
+]
+"""(parameters, gradients, radii) -> ``eps``, by name."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One parameter group: names of its parameters and its weight decay."""
@@ -88,6 +94,7 @@ def two_passes(
     semantics: Semantics,
     at: Callable[[str], None] = lambda stage: None,
     stages: dict[str, Tensor] | None = None,
+    perturb: Perturb | None = None,
 ) -> Passes:
     """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
 
@@ -113,6 +120,7 @@ def two_passes(
         stages: Gets what is otherwise only on the way, by name: ``g.<parameter>`` (what is
             ascended), ``eps.<parameter>`` (``(w + eps) - w`` as it was computed) and
             ``g_adv.<parameter>``.
+        perturb: Another ``eps``: a function of parameters, gradients and radii, by name.
 
     Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
     """
@@ -134,25 +142,31 @@ def two_passes(
 
     norms = _norms(list(gradients.values()))
     grad_norm = torch.linalg.vector_norm(norms)
+    radius = {name: value for g, value in zip(groups, rho, strict=True) for name in g.names}
     length = grad_norm
     if semantics.norm_over == "perturbed":
-        length = torch.linalg.vector_norm(norms * _perturbed(groups, rho, gradients).to(norms))
+        length = torch.linalg.vector_norm(norms * _has_radius(radius, gradients).to(norms))
     perturbed = dict(parameters)
-    scales = [value / (length + EPSILON) for value in rho]
-    scale_of = {
-        name: scale
-        for group, scale in zip(groups, scales, strict=True)
-        for name in group.names
-        if name in gradients
-    }
-    for name, gradient in gradients.items():
-        perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
-    if len(scales) == 1:
-        perturbation_norm = scales[0] * length
+    if perturb is not None:
+        eps = perturb(parameters, gradients, radius)
+        perturbed |= {name: parameters[name] + value for name, value in eps.items()}
+        perturbation_norm = global_norm(list(eps.values()))
     else:
-        perturbation_norm = torch.linalg.vector_norm(
-            norms * torch.stack([scale_of[name] for name in gradients]).to(norms)
-        )
+        scales = [value / (length + EPSILON) for value in rho]
+        scale_of = {
+            name: scale
+            for group, scale in zip(groups, scales, strict=True)
+            for name in group.names
+            if name in gradients
+        }
+        for name, gradient in gradients.items():
+            perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
+        if len(scales) == 1:
+            perturbation_norm = scales[0] * length
+        else:
+            perturbation_norm = torch.linalg.vector_norm(
+                norms * torch.stack([scale_of[name] for name in gradients]).to(norms)
+            )
     if stages is not None:
         for name, gradient in gradients.items():
             stages[f"g.{name}"] = gradient
@@ -190,11 +204,8 @@ def two_passes(
     )
 
 
-def _perturbed(
-    groups: Sequence[Group], rho: Sequence[float | Tensor], gradients: Mapping[str, Tensor]
-) -> Tensor:
+def _has_radius(radius: Mapping[str, float | Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
     """1 for each gradient whose parameter has a radius, else 0; float64."""
-    radius = {name: value for group, value in zip(groups, rho, strict=True) for name in group.names}
     radii = [torch.as_tensor(radius[name], dtype=torch.float64) for name in gradients]
     return (torch.stack(radii) != 0).double()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor
 
 from sam_export.errors import StepConfigError
-from sam_export.step.passes import EPSILON, global_norm
+from sam_export.step.passes import EPSILON, Perturb, global_norm
+from sam_export.step.perturbation import Perturbation, perturbed_by
+
+_OWN = ("base_optimizer", "radius_key", "perturbation", "_w")
+"""Attributes that a copy has too."""
 
 
 class SAM(torch.optim.Optimizer):
@@ -43,6 +48,8 @@ class SAM(torch.optim.Optimizer):
         params: Parameters, or groups of them with their own ``rho``, ``lr``, ``weight_decay``, ...
         base_optimizer: Class of the base optimizer (``torch.optim.SGD``), not an instance.
         rho: Radius of the perturbation, at least 0, in units of the weights.
+        perturbation: Another ``eps_w``: `ASAM`, or your own pure function, see
+            `step.perturbation.Perturbation`. None: the one above.
         **kwargs: Arguments of the base optimizer (``lr``, ``momentum``, ``weight_decay``, ...).
 
     Attributes:
@@ -64,9 +71,16 @@ class SAM(torch.optim.Optimizer):
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer],
         rho: float = 0.05,
+        perturbation: Perturbation | None = None,
         **kwargs: Any,
     ) -> None:
         _check_base(base_optimizer)
+        if perturbation is not None and not callable(perturbation):
+            raise StepConfigError(
+                f"perturbation={perturbation!r}: expected ASAM(), or a function of (parameters, "
+                "gradients, radii) that returns eps by name."
+            )
+        self.perturbation = perturbation
         names = inspect.signature(base_optimizer).parameters
         self.radius_key = "sam_rho" if "rho" in names else "rho"
         kwargs = self._renamed(kwargs)
@@ -111,13 +125,15 @@ class SAM(torch.optim.Optimizer):
                 "SAM.first_step found no gradient on any parameter. Call loss.backward() first."
             )
         norm = global_norm(grads)
+        every = self._other_eps() if self.perturbation is not None else None
         for group in self.param_groups:
             scale = group[self.radius_key] / (norm + EPSILON)
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                eps = p.grad * scale.to(p) if every is None else every[p]
                 self._w[p] = p.detach().clone()
-                p.add_(p.grad * scale.to(p))
+                p.add_(eps)
         if zero_grad:
             self.zero_grad()
 
@@ -138,6 +154,24 @@ class SAM(torch.optim.Optimizer):
         self._opt_called = True
         if zero_grad:
             self.zero_grad()
+
+    @property
+    def perturb(self) -> Perturb | None:
+        """`perturbation`, with its result checked."""
+        if self.perturbation is None:
+            return None
+        return functools.partial(perturbed_by, self.perturbation)
+
+    def _other_eps(self) -> dict[Tensor, Tensor]:
+        assert self.perturb is not None
+        held = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        named = {str(index): p for index, (p, _) in enumerate(held)}
+        eps = self.perturb(
+            {name: p.detach() for name, p in named.items()},
+            {name: p.grad for name, p in named.items() if p.grad is not None},
+            {str(index): group[self.radius_key] for index, (_, group) in enumerate(held)},
+        )
+        return {named[name]: value for name, value in eps.items()}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Both passes; returns the loss of the first one, at ``w``.
@@ -182,7 +216,7 @@ class SAM(torch.optim.Optimizer):
         self._share(self.base_optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("base_optimizer", "radius_key", "_w")}
+        own = {name: getattr(self, name) for name in _OWN}
         return {**super().__getstate__(), **own}
 
     def __repr__(self) -> str:

@@ -20,6 +20,7 @@ from sam_export.step.generators import Generators
 from sam_export.step.hyper import group_key, hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
 from sam_export.step.passes import Group, Objective, Passes, two_passes
+from sam_export.step.perturbation import name_of
 from sam_export.step.sam import SAM
 from sam_export.step.update import Slots, apply_update
 
@@ -75,6 +76,11 @@ class TrainStep(nn.Module):
         self.optimizer = optimizer
         self.num_targets = num_targets
         self.semantics = semantics or Semantics()
+        if optimizer.perturbation is not None and self.semantics.norm_over != "all":
+            raise StepConfigError(
+                f"norm_over={self.semantics.norm_over!r} is about the norm of SAM's own "
+                f"perturbation; {name_of(optimizer.perturbation)} has another. Leave one out."
+            )
         self.seed = _signed(torch.initial_seed() if seed is None else seed)
         self.step_count = 0
         self._draws_nothing = False
@@ -216,6 +222,7 @@ class TrainStep(nn.Module):
                 self.semantics,
                 at=begin,
                 stages=stages,
+                perturb=self.optimizer.perturb,
             )
             begin("update")
             names = [list(group.names) for group in groups]
@@ -272,6 +279,7 @@ class TrainStep(nn.Module):
                 self.hyper()["rho"],
                 self.semantics,
                 at=at,
+                perturb=self.optimizer.perturb,
             )
 
         with torch.no_grad():

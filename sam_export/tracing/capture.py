@@ -32,6 +32,7 @@ from sam_export.step.batch import BatchLayout, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.hyper import baked_of
+from sam_export.step.perturbation import name_of
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import BaseOptimizer, CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
@@ -164,6 +165,7 @@ class _Capture:
             groups=tuple(tuple(group.names) for group in self.step.groups()),
             optimizer=type(self.step.optimizer.base_optimizer).__name__,
             baked=tuple(baked_of(self.step.optimizer, [spec.name for spec in self.hyper])),
+            perturbation=name_of(self.step.optimizer.perturbation),
         )
         program = contract.program("step")
         refuse_wrong_flow(
