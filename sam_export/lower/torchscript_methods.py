@@ -36,6 +36,11 @@ STEP_COUNT = "step_count"
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 
 
+READS_FINITE = 'device.type == "cpu"'
+"""Where a step that skips what is not finite reads whether it is. On the CPU that costs nothing and
+the update is made in place; an accelerator would wait for it in each step."""
+
+
 def method_names(contract: StepContract) -> list[str]:
     """Every method that `module_source` defines."""
     programs = [program.name for program in contract.programs]
@@ -145,16 +150,40 @@ def _unchecked(
     )
     counted = [f"self.{STEP_COUNT} += 1"] if spec.feeds else []
     if guarded:
+        finite = writer.expression(results["finite"])
+        select = _selected(guarded, finite, last, results, local, writer.functional(), names)
         update = writer.lines(last) + write(guarded)
         if semantics.on_nonfinite == "raise":  # a step that is refused is none
-            update, counted = update + counted, []
-        body += [f"if bool({writer.expression(results['finite'])}):", *indented(update)]
+            body += [f"if bool({finite}):", *indented(update + counted)]
+            counted = []
+        else:
+            body += [f"if {READS_FINITE}:", f"    if bool({finite}):"]
+            body += [*indented(indented(update)), "else:", *indented(select)]
     body += write(always) + counted
     return [
         _signature(f"{spec.name}_unchecked", list(arguments.values()), "List[Tensor]"),
         *indented(body),
         f"    return [{', '.join(values)}]",
     ]
+
+
+def _selected(
+    feeds: Mapping[str, str],
+    finite: str,
+    nodes: Sequence[fx.Node],
+    results: Mapping[str, fx.Node],
+    local: Mapping[str, str],
+    writer: GraphWriter,
+    names: Names,
+) -> list[str]:
+    """The update without a look at ``finite``: computed in any case, then selected."""
+    lines, writes = writer.lines(nodes), []
+    for output, target in feeds.items():
+        chosen = names.make(f"chosen_{results[output].name}")
+        value = writer.expression(results[output])
+        lines.append(f"{chosen} = torch.where({finite}, {value}, {local[target]})")
+        writes.append(f"{attribute(target)}.copy_({chosen})")
+    return lines + writes
 
 
 def _writes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import keyword
 import math
@@ -113,6 +114,12 @@ class GraphWriter:
         self._constant = constant
         self._overwrites = overwrites
         self._known: dict[fx.Node, str] = dict(zip(placeholders, inputs, strict=True))
+
+    def functional(self) -> GraphWriter:
+        """A writer that goes on from here on its own, and overwrites nothing."""
+        other = copy.copy(self)
+        other._known, other._overwrites = dict(self._known), {}
+        return other
 
     def lines(self, nodes: Iterable[fx.Node]) -> list[str]:
         """The lines that compute these nodes; they must come in the graph's order."""

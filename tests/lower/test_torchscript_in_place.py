@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+import sam_export as sx
+from sam_export.lower import torchscript_methods
 from sam_export.lower.torchscript_in_place import Plan, in_place_form, plan_in_place
 
 aten = torch.ops.aten
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
+}
 
 
 def planned(
@@ -156,3 +164,30 @@ def test_a_chain_on_a_replaced_input_stays_that_input() -> None:
 )
 def test_in_place_forms(operator: object, expected: object) -> None:
     assert in_place_form(operator) is expected
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_an_update_that_is_selected_is_the_one_that_is_made_in_place(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on an accelerator, run on the CPU: bit for bit, through a step that is skipped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 3))
+    kind, options = OPTIMIZERS[optimizer]
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sx.SAM(model.parameters(), kind, **options))
+    x, y = torch.randn(6, 5), torch.randint(3, (6,))
+    captured = sx.capture(step, (x, y))
+    in_place = sx.load(captured, target="torchscript")
+    monkeypatch.setattr(torchscript_methods, "READS_FINITE", 'device.type != "cpu"')
+    selected = sx.load(captured, target="torchscript")
+    for batch in (x, torch.full_like(x, torch.nan), -x, x.flip(0)):
+        before = selected.state
+        results = [session.step(batch, y) for session in (in_place, selected)]
+        finite = bool(batch.isfinite().all())
+        assert [bool(result.finite) for result in results] == [finite, finite]
+        after = selected.state
+        moved = {name for name, value in after.items() if not np.array_equal(value, before[name])}
+        assert ("0.weight" in moved) == finite
+        assert finite or moved == {"counter.step"}
+        for name, value in in_place.state.items():
+            assert np.array_equal(after[name], value), name
