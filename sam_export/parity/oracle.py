@@ -94,7 +94,7 @@ class Oracle:
         for name, value in vars(base_optimizer).items():
             if name not in vars(self.optimizer):
                 setattr(self.optimizer, name, copy.deepcopy(value, memo))
-        self._slots = OracleSlots(self.model, self.optimizer)
+        self._slots = OracleSlots()
         self.radius = "sam_rho" if "rho" in base_optimizer.defaults else "rho"
         self.num_targets = num_targets
         self.running_stats = running_stats
@@ -322,7 +322,7 @@ class Oracle:
         if self.is_counting:
             state |= {"rng.seed": np.array(self.seed), "counter.step": np.array(self.step_count)}
         state |= {f"stage.{name}": _array(value) for name, value in self.stages.items()}
-        return state | self._slots.snapshot()
+        return state | self._slots.snapshot(self.model, self.optimizer)
 
     @torch.no_grad()
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -332,7 +332,7 @@ class Oracle:
             tensor.copy_(torch.tensor(state[name]))
         if self.is_counting:
             self.seed, self.step_count = int(state["rng.seed"]), int(state["counter.step"])
-        self._slots.load(state, self.is_double)
+        self._slots.load(self.model, self.optimizer, state, self.is_double)
 
     @contextmanager
     def _drawing(self, first: int) -> Iterator[OracleDraws]:

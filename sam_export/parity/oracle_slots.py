@@ -12,27 +12,23 @@ from torch import Tensor, nn
 
 
 class OracleSlots:
-    """State of a stock optimizer as ``slot.<key>.<parameter>``.
+    """State of a stock optimizer over a model's parameters, as ``slot.<key>.<parameter>``."""
 
-    Args:
-        model: Whose parameters they are.
-        optimizer: Over them.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(self) -> None:
         self._numbers: dict[str, type] = {}
         """Slots that the optimizer keeps as Python numbers, and of which type."""
 
-    def snapshot(self) -> dict[str, NDArray[Any]]:
+    def snapshot(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, NDArray[Any]]:
         """Copies, on the host; a number as float64.
 
         Raises:
             TypeError: The optimizer keeps something else than tensors and numbers.
         """
         state = {}
-        for name, p in self._model.named_parameters():
-            for key, value in self._optimizer.state.get(p, {}).items():
+        for name, p in model.named_parameters():
+            for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     state[f"slot.{key}.{name}"] = value.detach().cpu().numpy().copy()
                 elif _is_number(value):
@@ -41,15 +37,23 @@ class OracleSlots:
                     raise TypeError(f"state[{key!r}] of {name!r} is a {type(value).__name__}")
         return state
 
-    def load(self, state: Mapping[str, NDArray[Any]], double: bool) -> None:
+    def load(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, NDArray[Any]],
+        double: bool,
+    ) -> None:
         """The inverse; what is not in ``state`` is not made yet.
 
         Args:
+            model: Whose parameters.
+            optimizer: Over them.
             state: By name; what is no slot is passed over.
             double: Whether slots become float64.
         """
-        for name, p in self._model.named_parameters():
-            entries = self._optimizer.state.pop(p, {})
+        for name, p in model.named_parameters():
+            entries = optimizer.state.pop(p, {})
             self._numbers |= {key: type(v) for key, v in entries.items() if _is_number(v)}
             kept: dict[str, Any] = {key: None for key, v in entries.items() if v is None}
             for full, array in state.items():
@@ -63,7 +67,7 @@ class OracleSlots:
                     if key in self._numbers:
                         kept[key] = self._numbers[key](value.item())
             if any(value is not None for value in kept.values()):
-                self._optimizer.state[p] = kept
+                optimizer.state[p] = kept
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_export.parity import oracle as oracle_module
-from sam_export.parity import oracle_random
+from sam_export.parity import oracle_random, oracle_slots, oracle_variants
 from sam_export.parity.oracle import Oracle
 
 
@@ -269,7 +269,7 @@ def test_double_is_close_and_closer_to_the_truth() -> None:
     assert np.any(s["first.weight"] != before["first.weight"])
 
 
-@pytest.mark.parametrize("module", [oracle_module, oracle_random])
+@pytest.mark.parametrize("module", [oracle_module, oracle_random, oracle_slots, oracle_variants])
 def test_it_imports_nothing_of_this_package(module: ModuleType) -> None:
     tree = ast.parse(inspect.getsource(module))
     imported = [
@@ -285,4 +285,5 @@ def test_it_imports_nothing_of_this_package(module: ModuleType) -> None:
     ]
     assert "torch" in imported
     own = [name for name in imported if name.startswith(("sam_export", "."))]
-    assert own == ["sam_export.parity.oracle_random"] * (module is oracle_module)
+    parts = [f"sam_export.parity.oracle_{part}" for part in ("random", "slots", "variants")]
+    assert own == parts * (module is oracle_module)
