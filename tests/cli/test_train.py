@@ -114,6 +114,7 @@ SCHEDULED = ["--epochs", "4", "--batch-size", "16", "--seed", "9", "--lr-schedul
 def test_interrupted_and_resumed_equals_uninterrupted(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     assert train(*SCHEDULED, "--log", "whole.jsonl", "--save-state", "whole.safetensors") == 0
 
     original = sam_export.Session.step
@@ -133,7 +134,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert "saved: run.ckpt" in text
     assert "--resume run.ckpt" in text.splitlines()[-1]
     assert len(log_of("parts.jsonl")) == INTERRUPTED_AT
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
     argv = ["--resume", "run.ckpt", "--log", "parts.jsonl", "--save-state", "parts.safetensors"]
     assert train(*argv) == 0
