@@ -120,7 +120,7 @@ def run_locate(
                     batches[(start.step - 1) % len(batches)],
                     state=state,
                     artifact=start.artifact,
-                    out=os.path.join(folder, Path(name).name),
+                    out=os.path.join(folder, _folder_of(name)),
                 )
         except SamExportError as error:
             print(f"{name}: the difference was not located: {error}")
@@ -128,3 +128,8 @@ def run_locate(
         print(location)
         locations.append(location)
     return locations
+
+
+def _folder_of(name: str) -> str:
+    """One folder per row; two artifacts whose folders share a name are rows with whole paths."""
+    return name.strip(os.sep).replace(os.sep, "_")

@@ -202,16 +202,15 @@ class Oracle:
             others = other_perturbation(
                 self.model, groups, self.radius, self.perturbation, self.adaptive
             )
-            radii = [g[self.radius] for g in groups for p in g["params"] if p.grad is not None]
-            norm_of_perturbed = self._grad_norm(radii)
+            norm = grad_norm
+            if self.norm_over == "perturbed":
+                held = [(p, g[self.radius]) for g in groups for p in g["params"]]
+                norm = self._grad_norm([radius for p, radius in held if p.grad is not None])
             for group in groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        norm = {
-                            "all": grad_norm,
-                            "perturbed": norm_of_perturbed,
-                            "tensor": p.grad.norm(),
-                        }[self.norm_over]
+                        if self.norm_over == "tensor":
+                            norm = p.grad.norm()
                         e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
                         e = (e if others is None else others[name_of[p]]).to(p.dtype)
                         old.append((p, p.clone()))

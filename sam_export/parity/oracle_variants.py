@@ -30,6 +30,8 @@ def other_perturbation(
 
     Source: Kwon, Kim, Park, Choi, 2021, https://arxiv.org/abs/2102.11600, eq. 11.
     """
+    if perturbation is None and adaptive is None:
+        return None
     radius_of = {p: group[radius] for group in groups for p in group["params"]}
     held = {
         name: p for name, p in model.named_parameters() if p.grad is not None and p in radius_of
@@ -39,8 +41,7 @@ def other_perturbation(
     rho = {name: torch.tensor(radius_of[p], dtype=torch.float64) for name, p in held.items()}
     if perturbation is not None:
         return perturbation(w, g, rho)
-    if adaptive is None:
-        return None
+    assert adaptive is not None
     t = {name: value.abs() + adaptive for name, value in w.items()}
     norm = torch.cat([(t[name] * g[name]).flatten() for name in held]).norm() + 1e-12
     return {name: rho[name] * t[name] ** 2 * g[name] / norm for name in held}

@@ -56,7 +56,8 @@ class EagerState:
         self._check_groups(contract)
         self.slots = self._match_slots(contract)
         # A base optimizer with a rho of its own (Adadelta) holds the radius under another name.
-        radius = "sam_rho" if "rho" in self.base.defaults else "rho"
+        unnamed = "sam_rho" if "rho" in self.base.defaults else "rho"
+        radius = getattr(optimizer, "radius_key", unnamed)
         renamed = {"rho": radius, "base_rho": "rho"}
         keys = {spec.name: renamed.get(spec.name, spec.name) for spec in contract.hyper}
         self.settings = [

@@ -276,7 +276,7 @@ class TrainStep(nn.Module):
                 {name: p.detach() for name, p in parameters.items()},
                 buffers,
                 self.groups(),
-                self.hyper()["rho"],
+                self.hyper(["rho"])["rho"],
                 self.semantics,
                 at=at,
                 perturb=self.optimizer.perturb,

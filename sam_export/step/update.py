@@ -22,10 +22,9 @@ Slots = dict[str, dict[str, Tensor]]
 _FOR_LOOP = {"foreach": False, "fused": False, "capturable": False}
 
 
-# ``__bool__`` is "not zero"; comparisons of options with anything but zero occur nowhere.
 _ASKS_FOR_ZERO = {"__bool__": True, "ne": True, "__ne__": True, "gt": True, "__gt__": True,
                   "eq": False, "__eq__": False, "le": False, "__le__": False}  # fmt: skip
-"""Comparisons with 0, and what they give for an option that is a graph input."""
+"""Comparisons with 0 (``__bool__`` is one), and what they give for an option that is an input."""
 
 
 class TensorScalars(TorchFunctionMode):
@@ -52,8 +51,8 @@ class TensorScalars(TorchFunctionMode):
         """Rewrites a call that has, or wants, a number."""
         kwargs = kwargs or {}
         name = func.__name__.rstrip("_")
-        if name in _ASKS_FOR_ZERO and any(args[0] is option for option in self._options):
-            return _ASKS_FOR_ZERO[name]
+        if func.__name__ in _ASKS_FOR_ZERO and self._is_option_beside_zero(args):
+            return _ASKS_FOR_ZERO[func.__name__]
         if name == "item":
             return args[0].double()
         if name == "lerp" and len(args) == 3 and isinstance(args[2], Tensor):
@@ -66,6 +65,11 @@ class TensorScalars(TorchFunctionMode):
             value = kwargs.pop("value")
             return func(args[0], args[1] * value.to(args[1]), args[2], **kwargs)
         return func(*args, **kwargs)
+
+    def _is_option_beside_zero(self, args: Sequence[Any]) -> bool:
+        """Of a comparison with anything else the truth is not known, and it stays a tensor."""
+        with_zero = len(args) == 1 or (isinstance(args[1], (int, float)) and args[1] == 0)
+        return with_zero and any(args[0] is option for option in self._options)
 
 
 def rebuilt(

@@ -96,8 +96,9 @@ def capture(
     hyper = tuple(HyperSpec(name, tuple(values)) for name, values in now.items())
     batch = unwrapped(example_batch)
     layout = step.layout(batch)
-    dims = dims_of(dynamic, layout.names, layout.tensors(batch))
-    values = at_least_two(layout.tensors(batch), dims)
+    values = layout.tensors(batch)
+    dims = dims_of(dynamic, layout.names, values)
+    values = at_least_two(values, dims)
     with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
         how = (return_outputs, portable, stages, hyper)

@@ -272,6 +272,22 @@ def test_locate_searches_the_artifact_that_was_given(
     assert reproduced(str(out / "old"))[0] == 1
 
 
+def test_artifacts_that_share_a_name_are_located_in_folders_of_their_own(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.parity.test_locate import reproduced
+
+    recipe, folders = f"{workplace.recipe}:recipe", [tmp_path / name / "step" for name in "ab"]
+    with monkeypatch.context() as patch:
+        wrong_tanh_gradient(patch)
+        for folder in folders:
+            assert main(["export", recipe, "--out", str(folder)]) == 0
+    given = [word for folder in folders for word in ("--artifact", str(folder))]
+    out = tmp_path / "found"
+    assert main(["parity", recipe, *given, "--steps", "2", "--locate", str(out)]) == 1
+    assert [reproduced(str(each))[0] for each in sorted(out.iterdir())] == [1, 1]
+
+
 def test_a_folder_that_is_not_there_is_said_before_the_work(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

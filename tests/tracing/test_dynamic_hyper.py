@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn, optim
 
 import sam_export as sx
+from sam_export.step.update import TensorScalars
 from tests.tracing.test_base_optimizers import data, model_for, plain_step, state_of
 from tests.tracing.test_capture import Runner, worst_change
 
@@ -92,3 +94,16 @@ def test_what_is_no_input_is_listed_and_cannot_be_changed(tmp_path: Path) -> Non
 def test_what_is_no_number_is_refused(name: str) -> None:
     with pytest.raises(sx.StepConfigError, match=f"'{name}' is no number .* SGD .*lr, momentum"):
         sx.capture(made(), data(1)[0], dynamic_hyper=[name])
+
+
+def test_only_the_question_whether_an_option_is_zero_has_an_answer() -> None:
+    option, other = torch.tensor(0.0), torch.tensor(0.0)
+    with TensorScalars([option]):
+        assert (option != 0) is True
+        assert (option > 0.0) is True
+        assert (option == 0) is False
+        assert (option <= 0) is False
+        assert bool(option) is True
+        for comparison in (option != 1, option > 0.5, option <= other, other != 0, other > 0):
+            assert isinstance(comparison, torch.Tensor)
+        assert bool(other) is False
