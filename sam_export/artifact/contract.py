@@ -3,8 +3,9 @@
 It needs no torch. The capture writes it, the artifact stores it, sessions obey it.
 
 Names. Parameters and buffers keep torch's names (``conv1.weight``); a slot is
-``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); a step that draws random numbers
-has ``rng.seed`` and ``counter.step``; hyper-parameters are ``hyper.<name>``; the new value of a
+``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); what a variant of SAM keeps of a
+parameter is ``memory.<key>.<parameter>``; a step that draws random numbers has ``rng.seed`` and
+``counter.step``; hyper-parameters are ``hyper.<name>``; the new value of a
 state tensor is ``next.<name>``; the model's outputs are ``output``, or ``output.0``,
 ``output.logits`` where it returns several.
 """
@@ -21,6 +22,7 @@ Role = Literal[
     "parameter",
     "buffer",
     "slot",
+    "memory",
     "counter",
     "rng",
     "hyper",
@@ -30,6 +32,9 @@ Role = Literal[
     "output",
     "stage",
 ]
+
+TRAINING = ("step", "base_step")
+"""Programs that train: they have the metrics as outputs, and new state."""
 
 STAGE = "stage."
 """Prefix of outputs that are gradients or perturbations, of a step captured with its stages."""
@@ -44,12 +49,13 @@ SEED = "rng.seed"
 """State of a step that draws random numbers: the seed, int64, as 64 bits; it never changes."""
 
 STEP = "counter.step"
-"""State of a step that draws random numbers: the number of the next step, int64. It advances by
-one with every step, skipped ones included; a step that raised is none."""
+"""State of a step that draws random numbers, and of periodic SAM: the number of the next step,
+int64. It advances by one with every step, skipped ones included; a step that raised is none."""
 
 STARTED = "counter.started"
-"""State of a step whose base optimizer treats its first update specially (SGD with dampening): 0
-before that update, 1 after it, int64. A step that changes nothing does not change it."""
+"""State of a step whose base optimizer (SGD with dampening) or variant (Friendly SAM) treats its
+first update specially: 0 before that update, 1 after it, int64. A step that changes nothing does
+not change it."""
 
 METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite")
 """The scalar outputs of ``step``, in order; the fields of `StepResult`."""
@@ -67,8 +73,9 @@ class TensorSpec:
         role: What it is for.
         dtype: NumPy's name of the element type (``float32``, ``int64``, ``bool``).
         shape: One entry per dimension: a size, or the name of a symbolic size (``"batch"``).
-        parameter: For a slot: the parameter it belongs to.
-        slot: For a slot: its key in ``optimizer.state[parameter]``.
+        parameter: For a slot or a memory: the parameter it belongs to.
+        slot: For a slot: its key in ``optimizer.state[parameter]``; for a memory: that in
+            ``SAM.memory[parameter]``.
         eager_dtype: For a slot: its dtype in the eager optimizer where that differs from ``dtype``
             (scalar slots are float64 in the graph).
         trainable: For a parameter: whether the step updates it.
@@ -107,7 +114,7 @@ class ProgramSpec:
     """One graph over the shared state.
 
     Attributes:
-        name: ``step``, ``evaluate`` or ``evaluate_loss``.
+        name: ``step``, ``evaluate``, ``evaluate_loss``; with periodic SAM also ``base_step``.
         inputs: Names of the graph inputs, in order: state, hyper-parameters, batch.
         outputs: The graph outputs, in order: metrics, model outputs, new state.
         feeds: Output name to the name of the state input it replaces.
@@ -124,8 +131,8 @@ class StepContract:
     """Names, order, roles, dtypes and shapes of everything that goes in and out of a step.
 
     Attributes:
-        state: Parameters, then buffers, then slots, then seed and step number, in the order of the
-            graph inputs.
+        state: Parameters, then buffers, then slots, then memories, then counters and seed, in the
+            order of the graph inputs.
         hyper: Hyper-parameters in the order of the graph inputs.
         batch: Inputs and targets in the order in which a batch holds them.
         batch_kind: Whether a batch is a tuple (by position) or a dict (by name).
@@ -137,6 +144,9 @@ class StepContract:
         baked: The base optimizer's other options, which are constants of the graphs: per parameter
             group, name to a JSON value. They are those that mean something for the result.
         perturbation: ``sam``, or the name of another one (``ASAM(eta=0.01)``).
+        variant: ``sam``, or the name of another one (``GSAM(alpha=0.4)``).
+        every: The step whose number (`STEP`) is divisible by it is ``step``, others ``base_step``.
+        ascent_steps: How many steps the ascent takes.
     """
 
     state: tuple[TensorSpec, ...]
@@ -150,6 +160,9 @@ class StepContract:
     optimizer: str
     baked: tuple[dict[str, Any], ...] = ()
     perturbation: str = "sam"
+    variant: str = "sam"
+    every: int = 1
+    ascent_steps: int = 1
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `ArtifactError` when there is none."""
@@ -208,6 +221,9 @@ class StepContract:
                 optimizer=values["optimizer"],
                 baked=tuple(dict(group) for group in values["baked"]),
                 perturbation=values["perturbation"],
+                variant=values["variant"],
+                every=values["every"],
+                ascent_steps=values["ascent_steps"],
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sam_export._compat import aot_inductor, inductor
 from sam_export.artifact.checkpoint import fingerprint
-from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
+from sam_export.artifact.contract import TRAINING, ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.artifact.machine import this_machine
 from sam_export.errors import LoweringError
@@ -91,7 +91,7 @@ def _mutating(
     for index, item in enumerate(inputs):
         marks = {d: name for d, name in enumerate(item.shape) if isinstance(name, str)}
         for name in marks.values():
-            least = contract.dims[name] if spec.name == "step" else min(contract.dims[name], 1)
+            least = contract.dims[name] if spec.name in TRAINING else min(contract.dims[name], 1)
             symbols.setdefault(name, torch.export.Dim(name, min=least))
         # Any size will do but 0 and 1, which torch takes for constants.
         sizes = [max(4, contract.dims[n]) if isinstance(n, str) else n for n in item.shape]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sam_export._compat import torchscript
-from sam_export.artifact.contract import HYPER, StepContract
+from sam_export.artifact.contract import HYPER, STEP, StepContract
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import random_details
@@ -53,7 +53,8 @@ def lower(captured: CapturedStep) -> Lowered:
     for name, module in modules.items():
         for constant, tensor in _constants(module).items():
             _hold(root, f"{CONSTANTS}.{name}.{constant}", tensor)
-    setattr(root, STEP_COUNT, 0)
+    # Periodic SAM goes by it, wherever in the period the step was captured.
+    setattr(root, STEP_COUNT, int(captured.state[STEP]) if contract.every > 1 else 0)
     source = module_source(contract, captured.semantics, graphs)
     try:
         scripted = torchscript.scripted(root, source)

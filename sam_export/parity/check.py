@@ -35,8 +35,8 @@ from sam_export.parity.series import TensorSeries, series_of
 from sam_export.parity.subjects import built, existing, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
-from sam_export.step.perturbation import ASAM
 from sam_export.step.train_step import TrainStep
+from sam_export.step.variants.asam import ASAM
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
+from sam_export.artifact.contract import TRAINING, ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import SessionError
 
 _NOT_NEGATIVE = ("lr", "rho")
@@ -39,7 +39,7 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
             that contradict each other, or a size below the smallest that the step allows.
     """
     specs = [spec for spec in contract.inputs_of(program) if spec.role in ("input", "target")]
-    call = "step" if program.name == "step" else program.name
+    call = "step" if program.name in TRAINING else program.name
     if contract.batch_kind == "dict":
         tensors = _by_name(given, specs, contract, call)
     else:
@@ -50,7 +50,7 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
         _collect_sizes(spec, tensor, sizes)
     for name, (size, where) in sizes.items():
         # What forbids a single example (the variance in BatchNorm) is part of training only.
-        least = contract.dims[name] if program.name == "step" else min(contract.dims[name], 1)
+        least = contract.dims[name] if program.name in TRAINING else min(contract.dims[name], 1)
         _check_least(name, size, least, where)
     return tensors
 

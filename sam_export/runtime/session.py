@@ -106,6 +106,8 @@ class Session:
     def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Makes copies of ``state`` the current one; step count and hyper-parameters stay.
 
+        Which steps of periodic SAM are perturbed goes by ``counter.step`` of the state.
+
         Raises:
             SessionError: A tensor is missing, unknown, or of another dtype or shape.
         """
@@ -113,10 +115,17 @@ class Session:
         lines = differences(shapes_of(arrays), self.contract.state)
         if lines:
             raise SessionError(f"The state does not match the contract: {first_few(lines)}.")
-        self._engine.bind({spec.name: arrays[spec.name] for spec in self.contract.state})
+        self._bind({spec.name: arrays[spec.name] for spec in self.contract.state})
+
+    def _bind(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._engine.bind(state)
+        self._number = int(state[STEP]) if STEP in state else 0
 
     def step(self, *batch: Any, **hyper: Any) -> StepResult:
-        """Runs one SAM step and keeps the new state.
+        """Runs one step and keeps the new state.
+
+        It is a step of SAM, but for periodic SAM, where only every ``contract.every``-th one is and
+        the others are steps of the base optimizer.
 
         Args:
             *batch: NumPy arrays or torch tensors, inputs then targets; or one dict of them where
@@ -131,7 +140,7 @@ class Session:
             SessionError: Batch or hyper-parameters do not fit the contract, or the step is not
                 finite and ``semantics.on_nonfinite`` is ``"raise"``.
         """
-        program = self._program("step")
+        program = self._program("base_step" if self._number % self.contract.every else "step")
         tensors = checked_batch(batch, self.contract, program)
         values = merged_hyper(self._hyper, hyper, self.contract) if hyper else self._hyper
         result = self._result(program, self._run(program, tensors, values))
@@ -145,6 +154,7 @@ class Session:
             )
         self._set_hyper(values)
         self._step_count += 1
+        self._number += 1
         return result
 
     def evaluate(self, *inputs: Any) -> Any:
@@ -192,7 +202,7 @@ class Session:
             ArtifactError: The file is missing, damaged, or of another model or optimizer.
         """
         checkpoint = load_checkpoint(path, self.contract)
-        self._engine.bind(checkpoint.state)
+        self._bind(checkpoint.state)
         self._set_hyper(checkpoint.hyper)
         self._step_count = checkpoint.step_count
 
@@ -230,11 +240,19 @@ class Session:
                 else:
                     value = type(value)(state[spec.name].item())
                 eager.base.state[parameter][spec.slot] = value
+            for spec, parameter, _ in eager.memories:
+                if state.get(STARTED) == 0:
+                    eager.sam.memory.pop(parameter, None)
+                    continue
+                kept = torch.tensor(state[spec.name]).to(parameter)
+                eager.sam.memory.setdefault(parameter, {})[spec.slot] = kept
             for name, index, group, key in eager.settings:
                 if isinstance(group[key], torch.Tensor):
                     group[key].fill_(self._hyper[name][index])
                 else:
                     group[key] = self._hyper[name][index]
+        if eager.sam is not None and self.contract.every > 1:
+            eager.sam.count = self._number
         if step is not None:
             step.step_count = int(state.get(STEP, self._step_count))
             step.seed = int(state.get(SEED, step.seed))
@@ -264,10 +282,16 @@ class Session:
         for spec, _, value in eager.slots:
             found = self._first_slots[spec.name] if value is None else value
             state[spec.name] = host_array(found).astype(spec.dtype)
+        for spec, parameter, value in eager.memories:
+            zeros = np.zeros(tuple(parameter.shape), spec.dtype)
+            state[spec.name] = zeros if value is None else host_array(value).astype(spec.dtype)
         kept = [spec.name for spec in self.contract.state if spec.name not in state]
         state.update(self._engine.read(kept))
         if STARTED in state:
-            state[STARTED] = np.array(int(any(value is not None for _, _, value in eager.slots)))
+            made = (*eager.slots, *eager.memories)
+            state[STARTED] = np.array(int(any(value is not None for _, _, value in made)))
+        if STEP in state and eager.sam is not None and self.contract.every > 1:
+            state[STEP] = np.array(eager.sam.count)
         if step is not None:
             numbers = {SEED: step.seed, STEP: step.step_count}
             state.update({n: np.array(v) for n, v in numbers.items() if n in kept})

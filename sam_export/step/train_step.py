@@ -19,10 +19,11 @@ from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
 from sam_export.step.hyper import group_key, hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
-from sam_export.step.passes import Group, Objective, Passes, two_passes
+from sam_export.step.passes import Group, Objective, Passes, one_pass, two_passes
 from sam_export.step.perturbation import name_of
 from sam_export.step.sam import SAM
 from sam_export.step.update import Slots, apply_update
+from sam_export.step.variants.variant import Memory
 
 
 class TrainStep(nn.Module):
@@ -123,6 +124,18 @@ class TrainStep(nn.Module):
             for names, decay in zip(self.group_names(), decays, strict=True)
         ]
 
+    def memory(self) -> dict[str, dict[str, Tensor]]:
+        """What the SAM variant keeps of each trained parameter, by name and key; zeros at first."""
+        keys, kept = self.optimizer.variant.keys, self.optimizer.memory
+        named = dict(self.model.named_parameters())
+        names = [name for part in self.group_names() for name in part] if keys else []
+        return {
+            name: dict(
+                kept.get(named[name]) or {key: torch.zeros_like(named[name]) for key in keys}
+            )
+            for name in names
+        }
+
     def hyper(self, names: Sequence[str] = ("lr", "rho")) -> dict[str, list[float]]:
         """Current hyper-parameters of each parameter group; see `step.hyper.hyper_of`."""
         return hyper_of(self.optimizer, names)
@@ -169,6 +182,9 @@ class TrainStep(nn.Module):
         draws: Draws | None = None,
         stages: dict[str, Tensor] | None = None,
         started: Tensor | None = None,
+        memory: Memory | None = None,
+        perturbed: bool = True,
+        starts_specially: bool = False,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """The whole step as a function of its arguments; changes nothing.
 
@@ -183,7 +199,11 @@ class TrainStep(nn.Module):
             watch: Shown the loss of each pass before it is differentiated.
             draws: Where random numbers come from; None: torch's generators.
             stages: Gets gradients and perturbations by name, as `two_passes` has them.
-            started: 0 before the base optimizer's first update, where that is a special one; see
+            started: 0 before the first update, where that is a special one, for the base optimizer
+                or for the SAM variant.
+            memory: What the SAM variant keeps, by parameter name and key.
+            perturbed: Whether this is a step of SAM, or one between those of periodic SAM.
+            starts_specially: Whether it is the base optimizer that wants ``started``; see
                 `apply_update`.
 
         Returns:
@@ -213,17 +233,17 @@ class TrainStep(nn.Module):
                 draws.at(stage)
 
         with torch.no_grad(), draws or contextlib.nullcontext():
-            passes = two_passes(
-                watched,
-                parameters,
-                buffers,
-                groups,
-                list(hyper["rho"].unbind()),
-                self.semantics,
-                at=begin,
-                stages=stages,
-                perturb=self.optimizer.perturb,
-            )
+            kept = {"kind": self.optimizer.kind, "memory": memory or {}}
+            if perturbed:
+                rho = list(hyper["rho"].unbind())
+                passes = two_passes(
+                    watched, parameters, buffers, groups, rho, self.semantics, at=begin,
+                    stages=stages, started=started, **kept,
+                )  # fmt: skip
+            else:
+                passes = one_pass(
+                    watched, parameters, buffers, groups, self.semantics, at=begin, **kept
+                )
             begin("update")
             names = [list(group.names) for group in groups]
             trained = {name: parameters[name] for part in names for name in part}
@@ -241,7 +261,7 @@ class TrainStep(nn.Module):
                     }
                     for i in range(len(groups))
                 ],
-                started,
+                started if starts_specially else None,
             )
         return passes, updated, new_slots
 
@@ -250,7 +270,7 @@ class TrainStep(nn.Module):
         "sam_export.load(captured, target='torch-compile') for a compiled step"
     )
     def forward(self, *batch: Any, **named: Any) -> StepResult:
-        """One eager SAM step, in place on the model and the optimizer.
+        """One eager step, in place on the model and the optimizer.
 
         Args:
             *batch: Tensors (inputs, then targets), or one dict of tensors.
@@ -271,16 +291,19 @@ class TrainStep(nn.Module):
         generators = Generators(parameters.values())
 
         def run(at: Callable[[str], None]) -> Passes:
+            objective = self.objective(layout, values)
+            detached = {name: p.detach() for name, p in parameters.items()}
+            kind, memory = self.optimizer.kind, self.memory()
+            if self.step_count % self.optimizer.every:
+                return one_pass(
+                    objective, detached, buffers, self.groups(), self.semantics,
+                    at=at, kind=kind, memory=memory,
+                )  # fmt: skip
+            started = torch.tensor(int(bool(self.optimizer.memory)))
             return two_passes(
-                self.objective(layout, values),
-                {name: p.detach() for name, p in parameters.items()},
-                buffers,
-                self.groups(),
-                self.hyper(["rho"])["rho"],
-                self.semantics,
-                at=at,
-                perturb=self.optimizer.perturb,
-            )
+                objective, detached, buffers, self.groups(), self.hyper(["rho"])["rho"],
+                self.semantics, at=at, kind=kind, memory=memory, started=started,
+            )  # fmt: skip
 
         with torch.no_grad():
             passes: Passes | None = None
@@ -302,6 +325,7 @@ class TrainStep(nn.Module):
                     self._finish(parameters, buffers, passes)
                 self._draws_nothing = draws.count == 0
         self.step_count += 1
+        self.optimizer.count = self.step_count
         return StepResult(
             loss=passes.loss,
             perturbed_loss=passes.perturbed_loss,
@@ -340,6 +364,8 @@ class TrainStep(nn.Module):
             self.optimizer._opt_called = True
             for name in trained:
                 parameters[name].grad = None
+            for name, own in passes.memory.items():
+                self.optimizer.memory[parameters[name]] = dict(own)
             for name, value in buffers.items():
                 value.copy_(passes.buffers[name])
         elif self.semantics.on_nonfinite == "raise":

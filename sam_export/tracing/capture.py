@@ -19,6 +19,7 @@ from sam_export.artifact.contract import (
     STAGE,
     STARTED,
     STEP,
+    TRAINING,
     HyperSpec,
     ProgramSpec,
     Role,
@@ -45,9 +46,10 @@ from sam_export.tracing.randomness import (
     share_draws,
     share_dropout_factors,
 )
-from sam_export.tracing.state import StateLayout, accepts, dtype_name, state_layout
+from sam_export.tracing.state import StateLayout, accepts, dtype_name, memory_name, state_layout
 from sam_export.tracing.surroundings import eval_mode, kernels
 from sam_export.tracing.trace import exported, traced
+from sam_export.tracing.unchanged import drop_unchanged
 
 
 def capture(
@@ -81,7 +83,8 @@ def capture(
             of momentum 0 is the gradient). Others are constants, which a session refuses to change.
 
     Returns:
-        The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``.
+        The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``; with
+        periodic SAM also ``base_step``, the step of one pass.
 
     Raises:
         StepConfigError: The batch, the loss or the optimizer do not make a step.
@@ -148,13 +151,16 @@ class _Capture:
             )
             for name, value, marks in zip(self.layout.names, self.values, self.dims, strict=True)
         )
-        model_state = [spec for spec in self.state.specs if spec.role != "slot"]
+        model_state = [spec for spec in self.state.specs if spec.role not in ("slot", "memory")]
         with eval_mode(self.step.model):
             self._trace("evaluate", model_state, (), self._evaluate, len(self.layout.inputs))
             self._trace("evaluate_loss", model_state, (), self._evaluate_loss, len(batch))
-        graph = self._trace("step", self.state.specs, self.hyper, self._step, len(batch))
+        periodic = self.step.optimizer.every > 1
+        names = ("base_step", "step") if periodic else ("step",)
+        for name in names:
+            graph = self._trace(name, self.state.specs, self.hyper, self._step(name), len(batch))
         if not self.drew:
-            self.state = self.state.without_draws()
+            self.state = self.state.without([SEED] if periodic else [SEED, STEP])
         contract = StepContract(
             state=self.state.specs,
             hyper=self.hyper,
@@ -167,6 +173,9 @@ class _Capture:
             optimizer=type(self.step.optimizer.base_optimizer).__name__,
             baked=tuple(baked_of(self.step.optimizer, [spec.name for spec in self.hyper])),
             perturbation=name_of(self.step.optimizer.perturbation),
+            variant=self.step.optimizer.variant.name,
+            every=self.step.optimizer.every,
+            ascent_steps=self.step.optimizer.ascent_steps,
         )
         program = contract.program("step")
         refuse_wrong_flow(
@@ -214,39 +223,56 @@ class _Capture:
                 loss = objective(leaves, own, lambda loss, _: loss)
         return [("loss", "metric", loss.detach())]
 
-    def _step(self, given: Mapping[str, Tensor]) -> list[Produced]:
-        paths = origins.ModulePaths(self.step.model)
-        draws = self._draws(given, same=self.step.semantics.randomness == "same")
-        parameters, buffers = self.state.split(given)
-        stages: dict[str, Tensor] | None = {} if self.stages else None
-        with paths.recording():
-            passes, updated, slots = self.step.pure(
-                parameters,
-                buffers,
-                self.state.slots(given),
-                {spec.name: given[HYPER + spec.name] for spec in self.hyper},
-                self.layout,
-                [given[name] for name in self.layout.names],
-                at=paths.at,
-                watch=paths.watch,
-                draws=draws,
-                stages=stages,
-                started=given.get(STARTED),
-            )
-        result: list[Produced] = [
-            (name, "metric", getattr(passes, name)) for name in metrics_of(self.step.semantics)
-        ]
-        if self.return_outputs:
-            result += [(name, "output", leaf) for name, leaf in tree.flatten(passes.outputs)[0]]
-        result += [(STAGE + name, "stage", value) for name, value in (stages or {}).items()]
-        after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
-        if STARTED in given:
-            after[STARTED] = given[STARTED].clamp(min=1)  # a reader, so that it is written last
-        if draws is not None:
-            after |= {SEED: given[SEED], STEP: given[STEP] + 1}
-        return result + [
-            (NEXT + spec.name, spec.role, after[spec.name]) for spec in self.state.specs
-        ]
+    def _step(self, program: str) -> Callable[[Mapping[str, Tensor]], list[Produced]]:
+        """The function of a program that trains."""
+        perturbed = program == "step"
+
+        def function(given: Mapping[str, Tensor]) -> list[Produced]:
+            paths = origins.ModulePaths(self.step.model)
+            draws = self._draws(given, same=self.step.semantics.randomness == "same")
+            parameters, buffers = self.state.split(given)
+            stages: dict[str, Tensor] | None = {} if self.stages and perturbed else None
+            with paths.recording():
+                passes, updated, slots = self.step.pure(
+                    parameters,
+                    buffers,
+                    self.state.slots(given),
+                    {spec.name: given[HYPER + spec.name] for spec in self.hyper},
+                    self.layout,
+                    [given[name] for name in self.layout.names],
+                    at=paths.at,
+                    watch=paths.watch,
+                    draws=draws,
+                    stages=stages,
+                    started=given.get(STARTED),
+                    memory=self.state.slots(given, "memory"),
+                    perturbed=perturbed,
+                    starts_specially=self.state.starts_specially,
+                )
+            result: list[Produced] = [
+                (name, "metric", getattr(passes, name)) for name in metrics_of(self.step.semantics)
+            ]
+            if self.return_outputs:
+                leaves = tree.flatten(passes.outputs)[0]
+                result += [(name, "output", leaf) for name, leaf in leaves]
+            result += [(STAGE + name, "stage", value) for name, value in (stages or {}).items()]
+            after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
+            after |= {
+                memory_name(name, key): value
+                for name, own in passes.memory.items()
+                for key, value in own.items()
+            }
+            if STARTED in given:
+                after[STARTED] = given[STARTED].clamp(min=1)  # a reader: it is written last
+            if SEED in given:
+                after[SEED] = given[SEED]
+            if STEP in given:
+                after[STEP] = given[STEP] + 1
+            return result + [
+                (NEXT + spec.name, spec.role, after[spec.name]) for spec in self.state.specs
+            ]
+
+        return function
 
     def _model_state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters, buffers = self.state.split(given)
@@ -289,15 +315,18 @@ class _Capture:
 
         graph_module, symbols = traced(flat, arguments, marks)
         semantics = self.step.semantics
-        if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
+        trains = name in TRAINING
+        if trains and (semantics.generator, semantics.randomness) == ("torch", "same"):
             share_draws(graph_module)
         share_dropout_factors(graph_module)
         refuse_mutation(graph_module.graph)
         draws = bool(drawn_nodes(graph_module.graph))
         self.drew |= draws
-        # The step counts itself for evaluation programs that draw, too.
-        unread = set() if draws or (name == "step" and self.drew) else {SEED, STEP}
-        kept = _drop_unchanged(graph_module, names, [name for name, _, _ in produced], unread)
+        # The step counts itself for other programs that draw, too, and for its period.
+        unread = set() if draws or (trains and self.drew) else {SEED, STEP}
+        if trains and self.step.optimizer.every > 1:
+            unread -= {STEP}
+        kept = drop_unchanged(graph_module, names, [name for name, _, _ in produced], unread)
         places = [index for index, name in enumerate(names) if name not in unread]
         names = [names[place] for place in places]
         arguments = [arguments[place] for place in places]
@@ -339,43 +368,6 @@ class _Capture:
             ]
             smallest[symbol] = 1 if accepts(self.step, self.layout, self.state, values) else 2
         return smallest
-
-
-def _drop_unchanged(
-    graph_module: torch.fx.GraphModule,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    unread: set[str],
-) -> list[bool]:
-    """Removes new-state outputs that are just their input, and state that is of no use.
-
-    Args:
-        graph_module: It is changed.
-        inputs: Names of its inputs.
-        outputs: Names of its outputs.
-        unread: State to remove, input and output.
-
-    Returns:
-        For every output, whether it is kept.
-    """
-    graph = graph_module.graph
-    placeholders = dict(zip(inputs, graph.find_nodes(op="placeholder"), strict=True))
-    (result,) = graph.find_nodes(op="output")
-
-    def is_new(name: str, value: torch.fx.Node) -> bool:
-        state = name[len(NEXT) :]
-        return state not in unread and value is not placeholders[state]
-
-    kept = [
-        not name.startswith(NEXT) or is_new(name, value)
-        for name, value in zip(outputs, result.args[0], strict=True)
-    ]
-    result.args = ([value for value, keep in zip(result.args[0], kept, strict=True) if keep],)
-    graph.eliminate_dead_code()
-    for name in unread & placeholders.keys():
-        graph.erase_node(placeholders[name])
-    graph_module.recompile()
-    return kept
 
 
 def _shape(tensor: Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:
