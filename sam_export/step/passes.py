@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_export.artifact.semantics import Semantics
+from sam_export.step.loss_scaling import Scaler
 
 EPSILON = 1e-12
 """Added to the gradient norm, so that a gradient of zero gives a perturbation of zero."""
@@ -95,6 +96,7 @@ def two_passes(
     at: Callable[[str], None] = lambda stage: None,
     stages: dict[str, Tensor] | None = None,
     perturb: Perturb | None = None,
+    scaler: Scaler | None = None,
 ) -> Passes:
     """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
 
@@ -121,13 +123,14 @@ def two_passes(
             ascended), ``eps.<parameter>`` (``(w + eps) - w`` as it was computed) and
             ``g_adv.<parameter>``.
         perturb: Another ``eps``: a function of parameters, gradients and radii, by name.
+        scaler: ``g = gradient(loss * scale) * (1 / scale)`` in both passes; None: the gradient.
 
     Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
     """
     names = [name for group in groups for name in group.names]
     ascent_buffers = {name: value.clone() for name, value in buffers.items()}
     at("ascent")
-    loss, gradients, outputs = _gradient(objective, parameters, ascent_buffers, names)
+    loss, gradients, outputs = _gradient(objective, parameters, ascent_buffers, names, scaler)
     at("perturb")
     if semantics.decay_in_ascent:
         for group in groups:
@@ -178,7 +181,7 @@ def two_passes(
         descent_buffers = ascent_buffers
     else:
         descent_buffers = {name: value.clone() for name, value in ascent_buffers.items()}
-    perturbed_loss, gradients, _ = _gradient(objective, perturbed, descent_buffers, names)
+    perturbed_loss, gradients, _ = _gradient(objective, perturbed, descent_buffers, names, scaler)
     if stages is not None:
         stages |= {f"g_adv.{name}": gradient for name, gradient in gradients.items()}
     at("check")
@@ -229,6 +232,7 @@ def _gradient(
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     names: Sequence[str],
+    scaler: Scaler | None,
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
     leaves = {name: value.detach() for name, value in parameters.items()}
     for name in names:
@@ -236,7 +240,8 @@ def _gradient(
 
     def differentiated(loss: Tensor, outputs: Any) -> tuple[Tensor, Any, Sequence[Any]]:
         wanted = [leaves[name] for name in names]
-        return loss, outputs, torch.autograd.grad(loss, wanted, allow_unused=True)
+        scaled = loss if scaler is None else scaler.scaled(loss)
+        return loss, outputs, torch.autograd.grad(scaled, wanted, allow_unused=True)
 
     with torch.enable_grad():
         loss, outputs, gradients = objective(leaves, buffers, differentiated)
@@ -245,6 +250,9 @@ def _gradient(
         for name, gradient in zip(names, gradients, strict=True)
         if gradient is not None
     }
+    if scaler is not None:
+        inverse = scaler.inverse()
+        found = {name: gradient * inverse for name, gradient in found.items()}
     return loss.detach(), found, _detached(outputs)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sam_export.artifact.loss_scaling import LossScaling
 from sam_export.artifact.result import StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
@@ -19,6 +21,13 @@ from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
 from sam_export.step.hyper import group_key, hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
+from sam_export.step.loss_scaling import Scaler
+from sam_export.step.mixed_precision import (
+    autocasting,
+    check_master_weights,
+    check_precision,
+    widened,
+)
 from sam_export.step.passes import Group, Objective, Passes, two_passes
 from sam_export.step.perturbation import name_of
 from sam_export.step.sam import SAM
@@ -43,15 +52,24 @@ class TrainStep(nn.Module):
         semantics: The choices that define a step.
         seed: Of the random numbers that the step draws, 64 bits; None takes the seed of torch's
             generator (`torch.manual_seed`).
+        autocast: ``torch.float16`` or ``torch.bfloat16``: model and loss of both passes run under
+            `torch.autocast`, as ``with torch.autocast(device_type, dtype):`` around them would.
+            Weights, gradients and update stay float32, and so do the loss and the outputs that a
+            step returns. None: the dtypes of the model.
+        loss_scaling: Scale the loss before it is differentiated and divide both gradients by the
+            scale; a step that overflows is skipped and lowers it. None: no scale.
 
     Attributes:
         seed: The seed in use.
         step_count: Steps run so far, skipped ones included: the number of the next step. It is
             part of `state_dict`, like the seed.
+        loss_scale: With loss scaling, the scale of the next step, and
+        growth_tracker: how many steps it has been right; both are part of `state_dict`.
 
     Raises:
         StepConfigError: The optimizer is not a `SAM`, has a parameter that is not the model's,
-            nothing is left to train, or the seed has more than 64 bits.
+            nothing is left to train, the seed has more than 64 bits, or the settings of mixed
+            precision do not go together (see `step.mixed_precision`).
     """
 
     def __init__(
@@ -62,6 +80,8 @@ class TrainStep(nn.Module):
         num_targets: int = 1,
         semantics: Semantics | None = None,
         seed: int | None = None,
+        autocast: torch.dtype | None = None,
+        loss_scaling: LossScaling | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(optimizer, SAM):
@@ -83,9 +103,15 @@ class TrainStep(nn.Module):
             )
         self.seed = _signed(torch.initial_seed() if seed is None else seed)
         self.step_count = 0
+        check_precision(autocast, loss_scaling, self.semantics)
+        self.autocast = autocast
+        self.loss_scaling = loss_scaling
+        self.loss_scale = float(loss_scaling.init_scale) if loss_scaling else None
+        self.growth_tracker = 0
         self._draws_nothing = False
         self._was_looked_at = False
         self.group_names()  # refuse a wrong optimizer now rather than at the first step
+        self.check_master_weights()
 
     def group_names(self) -> list[list[str]]:
         """Names of the trained parameters, per parameter group of the optimizer.
@@ -140,13 +166,16 @@ class TrainStep(nn.Module):
             use: Callable[[Tensor, Any], Any],
         ) -> Any:
             def run() -> Any:
-                outputs = layout.call(self.model, values)
-                loss = (
-                    outputs
-                    if self.loss_fn is None
-                    else self.loss_fn(outputs, *values[len(layout.inputs) :])
-                )
+                with self.autocasting():
+                    outputs = layout.call(self.model, values)
+                    loss = (
+                        outputs
+                        if self.loss_fn is None
+                        else self.loss_fn(outputs, *values[len(layout.inputs) :])
+                    )
                 check_loss(loss, self.loss_fn is None)
+                if self.autocast is not None:
+                    loss, outputs = widened((loss, outputs))
                 if not self._was_looked_at:
                     refuse_reentrant(loss)
                     self._was_looked_at = True
@@ -169,6 +198,7 @@ class TrainStep(nn.Module):
         draws: Draws | None = None,
         stages: dict[str, Tensor] | None = None,
         started: Tensor | None = None,
+        scaler: Scaler | None = None,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """The whole step as a function of its arguments; changes nothing.
 
@@ -185,6 +215,7 @@ class TrainStep(nn.Module):
             stages: Gets gradients and perturbations by name, as `two_passes` has them.
             started: 0 before the base optimizer's first update, where that is a special one; see
                 `apply_update`.
+            scaler: The scale of the loss, and how it goes on.
 
         Returns:
             Both passes (losses, norms, new buffers), the new parameters and the new slots. They
@@ -223,6 +254,7 @@ class TrainStep(nn.Module):
                 at=begin,
                 stages=stages,
                 perturb=self.optimizer.perturb,
+                scaler=scaler,
             )
             begin("update")
             names = [list(group.names) for group in groups]
@@ -269,6 +301,8 @@ class TrainStep(nn.Module):
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
         generators = Generators(parameters.values())
+        self.check_master_weights()
+        scaler = self.scaler(next(iter(parameters.values())).device)
 
         def run(at: Callable[[str], None]) -> Passes:
             return two_passes(
@@ -280,6 +314,7 @@ class TrainStep(nn.Module):
                 self.semantics,
                 at=at,
                 perturb=self.optimizer.perturb,
+                scaler=scaler,
             )
 
         with torch.no_grad():
@@ -302,6 +337,9 @@ class TrainStep(nn.Module):
                     self._finish(parameters, buffers, passes)
                 self._draws_nothing = draws.count == 0
         self.step_count += 1
+        if scaler is not None:
+            scale, tracker = scaler.after(passes.finite)
+            self.loss_scale, self.growth_tracker = float(scale), int(tracker)
         return StepResult(
             loss=passes.loss,
             perturbed_loss=passes.perturbed_loss,
@@ -310,7 +348,25 @@ class TrainStep(nn.Module):
             finite=passes.finite,
             outputs=passes.outputs,
             perturbed_grad_norm=passes.perturbed_grad_norm,
+            loss_scale=None if scaler is None else scaler.shown,
         )
+
+    def check_master_weights(self) -> None:
+        """With mixed precision, refuses weights that are not float32: `StepConfigError`."""
+        named = self.model.named_parameters()
+        check_master_weights(named, self.autocast, self.loss_scaling)
+
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """Inside, operators compute in the dtype that the step casts to."""
+        return autocasting(self.model, self.autocast)
+
+    def scaler(self, device: torch.device) -> Scaler | None:
+        """The scale of the next step; None without loss scaling."""
+        if self.loss_scaling is None:
+            return None
+        scale = torch.tensor(self.loss_scale, dtype=torch.float32, device=device)
+        tracker = torch.tensor(self.growth_tracker, device=device)
+        return Scaler(self.loss_scaling, scale, tracker)
 
     def draws(self, device: torch.device) -> Draws:
         """The random numbers of the next step."""
@@ -320,13 +376,22 @@ class TrainStep(nn.Module):
             same=self.semantics.randomness == "same",
         )
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Seed and step number, for `state_dict`."""
-        return {"seed": self.seed, "step_count": self.step_count}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Seed, step number and scale of the loss, for `state_dict`."""
+        state: dict[str, Any] = {"seed": self.seed, "step_count": self.step_count}
+        if self.loss_scaling is not None:
+            state |= {"loss_scale": self.loss_scale, "growth_tracker": self.growth_tracker}
+        return state
 
-    def set_extra_state(self, state: Mapping[str, int]) -> None:
-        """The inverse of `get_extra_state`."""
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `get_extra_state`.
+
+        A step with loss scaling keeps its own scale where the state has none.
+        """
         self.seed, self.step_count = state["seed"], state["step_count"]
+        if self.loss_scaling is not None and "loss_scale" in state:
+            self.loss_scale = float(state["loss_scale"])
+            self.growth_tracker = int(state["growth_tracker"])
 
     def _finish(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], passes: Passes
