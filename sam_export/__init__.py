@@ -23,6 +23,7 @@ from sam_export.errors import (
 if TYPE_CHECKING:
     from sam_export.api import export, load
     from sam_export.artifact.folder import Artifact
+    from sam_export.artifact.loss_scaling import LossScaling
     from sam_export.artifact.result import StepResult
     from sam_export.artifact.semantics import Semantics
     from sam_export.parity.check import check_parity
@@ -46,6 +47,7 @@ _LAZY = {
     "LookSAM": "sam_export.step.variants.looksam",
     "SAM": "sam_export.step.sam",
     "TrainStep": "sam_export.step.train_step",
+    "LossScaling": "sam_export.artifact.loss_scaling",
     "Semantics": "sam_export.artifact.semantics",
     "StepResult": "sam_export.artifact.result",
     "Artifact": "sam_export.artifact.folder",
@@ -73,6 +75,7 @@ __all__ = [
     "FriendlySAM",
     "Location",
     "LookSAM",
+    "LossScaling",
     "LoweringError",
     "ParityError",
     "ParityReport",

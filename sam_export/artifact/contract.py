@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sam_export.artifact.loss_scaling import LossScaling
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import ArtifactError
 
@@ -25,6 +26,7 @@ Role = Literal[
     "memory",
     "counter",
     "rng",
+    "scaler",
     "hyper",
     "input",
     "target",
@@ -57,11 +59,21 @@ STARTED = "counter.started"
 first update specially: 0 before that update, 1 after it, int64. A step that changes nothing does
 not change it."""
 
+SCALE = "scaler.scale"
+"""State of a step with loss scaling: what the loss is multiplied by, float32."""
+
+GROWTH_TRACKER = "scaler.growth_tracker"
+"""State of a step with loss scaling: steps without an overflow since the scale changed, int64. Both
+change in a step that is not finite, too: that is how the scale is found."""
+
 METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite")
 """The scalar outputs of ``step``, in order; the fields of `StepResult`."""
 
 CLIPPED_METRIC = "perturbed_grad_norm"
 """One more of them, in a step that clips."""
+
+SCALED_METRIC = "loss_scale"
+"""One more of them, in a step with loss scaling: its scale, float64."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,8 @@ class StepContract:
         variant: ``sam``, or the name of another one (``GSAM(alpha=0.4)``).
         every: The step whose number (`STEP`) is divisible by it is ``step``, others ``base_step``.
         ascent_steps: How many steps the ascent takes.
+        autocast: The dtype that autocast computes with (``float16``, ``bfloat16``), if any.
+        loss_scaling: How the scale of the loss changes, if it is scaled.
     """
 
     state: tuple[TensorSpec, ...]
@@ -163,6 +177,8 @@ class StepContract:
     variant: str = "sam"
     every: int = 1
     ascent_steps: int = 1
+    autocast: str | None = None
+    loss_scaling: LossScaling | None = None
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `ArtifactError` when there is none."""
@@ -199,6 +215,7 @@ class StepContract:
             ArtifactError: A field is missing, unknown or of another type.
         """
         try:
+            scaling = values["loss_scaling"]
             return cls(
                 state=_specs(values["state"]),
                 hyper=tuple(
@@ -224,26 +241,31 @@ class StepContract:
                 variant=values["variant"],
                 every=values["every"],
                 ascent_steps=values["ascent_steps"],
+                autocast=values["autocast"],
+                loss_scaling=None if scaling is None else LossScaling(**scaling),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error
 
 
 def metrics_of(semantics: Semantics) -> tuple[str, ...]:
-    """The scalar outputs of a step of these semantics, in order."""
+    """The scalar outputs that every step of these semantics has, in order."""
     return (*METRICS, CLIPPED_METRIC) if semantics.clips else METRICS
 
 
 def discarded_if_not_finite(program: ProgramSpec, semantics: Semantics) -> frozenset[str]:
     """The outputs of ``program`` whose new state is not kept when a step is not finite.
 
-    The step number is kept unless the step raises: the next step draws other random numbers.
+    The step number is kept unless the step raises: the next step draws other random numbers. So is
+    the scale of the loss, which an overflow lowers.
     """
     if semantics.on_nonfinite == "ignore":
         return frozenset()
     counts_on = semantics.on_nonfinite == "skip"
     return frozenset(
-        output for output, state in program.feeds.items() if state != STEP or not counts_on
+        output
+        for output, state in program.feeds.items()
+        if state not in (STEP, SCALE, GROWTH_TRACKER) or not counts_on
     )
 
 

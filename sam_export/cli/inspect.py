@@ -27,7 +27,7 @@ code has none. Everything else needs NumPy only.
 _NOTED = ("in_place", "layout", "known_rounding")
 """Details that are said beside the tensors that they are about."""
 
-_STATE_ROLES = ("parameter", "buffer", "slot", "counter", "rng")
+_STATE_ROLES = ("parameter", "buffer", "slot", "counter", "rng", "scaler")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

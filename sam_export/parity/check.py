@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sam_export.artifact.contract import CLIPPED_METRIC, STAGE
+from sam_export.artifact.contract import CLIPPED_METRIC, SCALED_METRIC, STAGE
 from sam_export.errors import ParityError
 from sam_export.parity.disturb import examples
 from sam_export.parity.failures import chosen as chosen_differences
 from sam_export.parity.laws import Law, laws_of_eager, laws_of_target
 from sam_export.parity.ledger import ledger, versions
 from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle_precision import OraclePrecision
 from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.reference import Reference, ReferenceResult, compare_reference
 from sam_export.parity.report import ParityReport, TargetReport
@@ -297,6 +298,12 @@ def _oracle(step: TrainStep) -> Oracle:
         perturbation=None if isinstance(other, ASAM) else other,
         clip_norm=semantics.clip_norm,
         clip_value=semantics.clip_value,
+        precision=OraclePrecision(
+            step.autocast,
+            None if step.loss_scaling is None else step.loss_scaling.to_dict(),
+            step.loss_scale or 1.0,
+            step.growth_tracker,
+        ),
     )
 
 
@@ -323,7 +330,8 @@ def _example(step: TrainStep, batch: Batch) -> Any:
 
 def _judged(run: Run, panel: Panel, tol: Tolerances, laws: tuple[Law, ...] = ()) -> TargetReport:
     roles = dict.fromkeys(panel.parameters, "parameter")
-    roles |= dict.fromkeys((*METRICS, CLIPPED_METRIC, "finite"), "metric")
+    metrics = (*METRICS, CLIPPED_METRIC, SCALED_METRIC, "finite")
+    roles |= dict.fromkeys(metrics, "metric")
     roles |= {name: "stage" for at in run.locked for name in at if name.startswith(STAGE)}
     rows = [
         Row(name, roles.get(name, "state"), "start", 0, 0.0, math.inf, 0.0, math.inf, 0.0, "FAIL",
@@ -337,7 +345,7 @@ def _judged(run: Run, panel: Panel, tol: Tolerances, laws: tuple[Law, ...] = ())
         tipped = run.tipped if mode == "lock-step" else {}
         judged = judge_steps(steps, roles, mode, panel.dtype, tol, tipped)
         noise = {row.name for row in judged if row.verdict == "noise"}
-        worst[mode] = worst_per_step(steps, noise, (*METRICS, CLIPPED_METRIC, "finite"))
+        worst[mode] = worst_per_step(steps, noise, metrics)
         every = rows_per_step(steps, roles, mode, panel.dtype, tol)
         series += series_of(every, len(steps))
         rows += judged

@@ -38,6 +38,8 @@ class Sample:
         note: Why the pairing failed, for people.
         known: Part of the change by which the target's runtime is known to be off (its artifact
             says so, and derives it).
+        wide: With autocast: distance of the oracle without its casts from the judge, that is the
+            part of the noise that sums in float32 have; else None.
     """
 
     change: float
@@ -47,6 +49,7 @@ class Sample:
     exact: bool = False
     note: str = ""
     known: float = 0.0
+    wide: float | None = None
 
 
 def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
@@ -95,6 +98,7 @@ def measure(
     tol: Tolerances,
     untrained: Collection[str] = (),
     buffers: Collection[str] = (),
+    wide: tuple[State, State] | None = None,
 ) -> dict[str, Sample]:
     """What a right target may differ by, per state tensor, with no target yet.
 
@@ -107,6 +111,7 @@ def measure(
         tol: For the rounding of a single step.
         untrained: Parameters that got no gradient. They must stay exactly what they are.
         buffers: Names of the buffers; those that no run changes must stay what they are too.
+        wide: With autocast: (start, after) of an oracle run without its casts.
 
     Raises:
         ParityError: An oracle run is not finite, so there is nothing to compare with.
@@ -131,6 +136,7 @@ def measure(
             noise=noise,
             rounding=tol.half_ulp * eps(array) * norm(array.astype(np.float64)) * math.sqrt(steps),
             exact=name in untrained or (is_constant and name in buffers),
+            wide=None if wide is None else norm(change(*wide, name) - reference),
         )
     return samples
 
@@ -166,7 +172,12 @@ def with_errors(
 
 
 def metric_sample(
-    judge: float, runs: Sequence[float], found: float, dtype: str, steps: int
+    judge: float,
+    runs: Sequence[float],
+    found: float,
+    dtype: str,
+    steps: int,
+    wide: float | None = None,
 ) -> Sample:
     """A scalar result of the step, measured like a tensor whose change is its value."""
     error = abs(found - judge)
@@ -176,6 +187,7 @@ def metric_sample(
         rounding=float(np.finfo(np.dtype(dtype)).eps) * abs(judge) * math.sqrt(steps),
         error=error if math.isfinite(error) else math.inf,
         note="" if math.isfinite(found) else "not finite in the target",
+        wide=None if wide is None else abs(wide - judge),
     )
 
 

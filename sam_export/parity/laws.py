@@ -132,7 +132,7 @@ def _base_optimizer(run: Run, panel: Panel, tol: Tolerances) -> Law:
         plain = panel.base_step(panel.start, batch)
         for name, value in this.judge.state.items():
             other = plain.get(name)
-            if other is None or value.dtype.kind != "f":
+            if other is None or value.dtype.kind != "f" or name in panel.scaler:
                 continue
             moved = np.linalg.norm(value - panel.start[name]) if name in panel.start else 1.0
             if float(np.linalg.norm(value - other)) > 1e-9 * max(float(moved), 1e-12):
@@ -195,7 +195,8 @@ def _same_metrics(run: Run, panel: Panel, tol: Tolerances, one: Batch, other: Ba
     found = compared_from(run, panel, panel.start, other, {}).metrics
     for name in METRICS:
         eager = [each.metrics[name] for this in (first, second) for each in this.runs]
-        sample = metric_sample(judges[0][name], eager, found[name], panel.dtype, 1)
+        wide = None if second.wide is None else second.wide.metrics[name]
+        sample = metric_sample(judges[0][name], eager, found[name], panel.dtype, 1, wide)
         _, bound = floor_and_bound(
             sample, sample.noise, tol.relative(panel.dtype, "lock-step"), tol
         )

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sam_export.parity.oracle_precision import OraclePrecision, wide_norm
 from sam_export.parity.oracle_random import OracleDraws
-from sam_export.parity.oracle_slots import OracleSlots
+from sam_export.parity.oracle_slots import OracleSlots, host_copy
 from sam_export.parity.oracle_variants import clip, other_perturbation
 
 Batch = Sequence[Any] | Mapping[str, Any]
@@ -59,6 +60,7 @@ class Oracle:
         adaptive: For adaptive SAM: its ``eta``.
         clip_norm: Of ``g_adv``, by `torch.nn.utils.clip_grad_norm_`, after ``clip_value``.
         clip_value: Of ``g_adv``, by `torch.nn.utils.clip_grad_value_`.
+        precision: Autocast and loss scaling; None: neither.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
         Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, algorithm 1.
@@ -83,6 +85,7 @@ class Oracle:
         adaptive: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        precision: OraclePrecision | None = None,
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         memo: dict[int, Any] = {}
@@ -109,6 +112,7 @@ class Oracle:
         self.decay_in_ascent = decay_in_ascent
         self.norm_over, self.perturbation, self.adaptive = norm_over, perturbation, adaptive
         self.clip_norm, self.clip_value = clip_norm, clip_value
+        self.precision = precision or OraclePrecision()
         self.keeps_stages = False
         """Whether a snapshot holds the gradients and perturbations of the last step."""
         self.stages: dict[str, Tensor] = {}
@@ -125,23 +129,25 @@ class Oracle:
             for key, value in entries.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     entries[key] = value.double()
-        self.is_double = True
+        self.is_double = self.precision.is_exact = True
         return self
 
     # -- one step -----------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> dict[str, float | bool]:
+    def step(self, batch: Batch, overflows: bool = False) -> dict[str, float | bool]:
         """Runs one SAM step.
 
         Args:
             batch: A tuple (inputs, then targets) or a dict (inputs are named after ``forward``'s
                 parameters, the other entries are targets) of tensors or NumPy arrays.
+            overflows: The step is not finite, whatever is found: float64 has room for what
+                overflows in float16.
 
         Returns:
             ``loss``, ``perturbed_loss``, ``grad_norm``, ``perturbation_norm`` and ``finite``.
         """
         with torch.enable_grad(), self._default_dtype():
-            result = self._step(self.tensors(batch))
+            result = self._step(self.tensors(batch), overflows)
         self.step_count += int(bool(result["finite"]) or self.on_nonfinite != "raise")
         return result
 
@@ -167,14 +173,14 @@ class Oracle:
             self._put_back(buffers, before)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         gradient = {
-            name: _array(p.grad)
+            name: host_copy(p.grad)
             for name, p in self.model.named_parameters()
             if p.grad is not None and id(p) in held
         }
         self._zero_grad()
         return float(loss.detach()), gradient
 
-    def _step(self, batch: Batch) -> dict[str, float | bool]:
+    def _step(self, batch: Batch, overflows: bool) -> dict[str, float | bool]:
         groups = self.optimizer.param_groups
         buffers = list(self.model.buffers())
         buffers_at_start = [buffer.clone() for buffer in buffers]
@@ -187,7 +193,7 @@ class Oracle:
         self._zero_grad()
         with self._drawing(0) as draws:
             loss = self._loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.precision.backward(loss, self.model.parameters())
         self.draws = draws.next
         buffers_after_ascent = [buffer.clone() for buffer in buffers]
         old: list[tuple[Tensor, Tensor]] = []
@@ -219,7 +225,7 @@ class Oracle:
                         if self.keeps_stages:
                             stages[f"g.{name_of[p]}"] = p.grad.clone()
                             stages[f"eps.{name_of[p]}"] = p - old[-1][1]
-            perturbation_norm = _norm(perturbations)
+            perturbation_norm = wide_norm(perturbations)
 
         # Second pass, at w + eps.
         self._zero_grad()
@@ -227,7 +233,7 @@ class Oracle:
             self._set_generators(generators)
         with self._drawing(0 if self.randomness == "same" else self.draws) as draws:
             perturbed_loss = self._loss(batch)
-            perturbed_loss.backward()  # type: ignore[no-untyped-call]
+            self.precision.backward(perturbed_loss, self.model.parameters())
         with torch.no_grad():
             for p, value in old:
                 p.copy_(value)
@@ -238,7 +244,7 @@ class Oracle:
                 }
             perturbed_grad_norm = self._grad_norm()
             scalars = (loss, perturbed_loss, grad_norm, perturbed_grad_norm)
-            finite = all(bool(torch.isfinite(value)) for value in scalars)
+            finite = all(bool(torch.isfinite(value)) for value in scalars) and not overflows
             self.stages = stages if finite else {}
             if not finite and self.on_nonfinite != "ignore":
                 self._put_back(buffers, buffers_at_start)
@@ -248,9 +254,12 @@ class Oracle:
                 clip(groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
         self._zero_grad()
+        scaled = self.precision.results()
+        self.precision.update(finite)
         clipping = {"perturbed_grad_norm": float(perturbed_grad_norm)} if self.clips else {}
         return {
             **clipping,
+            **scaled,
             "loss": float(loss.detach()),
             "perturbed_loss": float(perturbed_loss.detach()),
             "grad_norm": float(grad_norm),
@@ -259,6 +268,10 @@ class Oracle:
         }
 
     def _loss(self, batch: Batch) -> Tensor:
+        with self.precision.casting(self.device):
+            return self._loss_as_it_is(batch)
+
+    def _loss_as_it_is(self, batch: Batch) -> Tensor:
         if isinstance(batch, Mapping):
             parameters = inspect.signature(self.model.forward).parameters
             takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -287,7 +300,7 @@ class Oracle:
         if radii is not None:
             chosen = [g for g, radius in zip(gradients, radii, strict=True) if radius]
             gradients = chosen or [torch.zeros_like(gradients[0])]
-        return _norm(gradients)
+        return wide_norm(gradients)
 
     def _without_gradient(self) -> set[str]:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -317,10 +330,11 @@ class Oracle:
             TypeError: The optimizer keeps something else than tensors and numbers.
         """
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        state = {name: _array(value) for name, value in named.items()}
+        state = {name: host_copy(value) for name, value in named.items()}
         if self.is_counting:
             state |= {"rng.seed": np.array(self.seed), "counter.step": np.array(self.step_count)}
-        state |= {f"stage.{name}": _array(value) for name, value in self.stages.items()}
+        state |= self.precision.snapshot()
+        state |= {f"stage.{name}": host_copy(value) for name, value in self.stages.items()}
         return state | self._slots.snapshot(self.model, self.optimizer)
 
     @torch.no_grad()
@@ -331,6 +345,7 @@ class Oracle:
             tensor.copy_(torch.tensor(state[name]))
         if self.is_counting:
             self.seed, self.step_count = int(state["rng.seed"]), int(state["counter.step"])
+        self.precision.load(state)
         self._slots.load(self.model, self.optimizer, state, self.is_double)
 
     @contextmanager
@@ -381,15 +396,3 @@ class Oracle:
         torch.set_rng_state(states[0])
         if states[1]:
             torch.cuda.set_rng_state_all(states[1])
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """One L2 norm over all tensors, in at least float32, on the device of the first one."""
-    wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
-    norm: Tensor = torch.norm(torch.stack([t.norm().to(tensors[0].device) for t in wide]))
-    return norm
-
-
-def _array(value: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = value.detach().cpu().numpy().copy()
-    return array

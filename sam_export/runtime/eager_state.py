@@ -56,7 +56,7 @@ class EagerState:
         self.tensors = self._match_model(contract, model)
         self._check_groups(contract)
         self.slots = self._match_slots(contract)
-        self.sam = optimizer if optimizer is not self.base else None
+        self.sam: Any = optimizer if optimizer is not self.base else None
         memory = {} if self.sam is None else self.sam.memory
         self.memories = [
             (spec, p, memory.get(p, {}).get(spec.slot))

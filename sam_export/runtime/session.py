@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
 from sam_export.artifact.contract import (
     CLIPPED_METRIC,
+    GROWTH_TRACKER,
     HYPER,
     METRICS,
+    SCALE,
+    SCALED_METRIC,
     SEED,
     STAGE,
     STARTED,
@@ -256,6 +259,9 @@ class Session:
         if step is not None:
             step.step_count = int(state.get(STEP, self._step_count))
             step.seed = int(state.get(SEED, step.seed))
+            if SCALE in state:
+                step.loss_scale = float(state[SCALE])
+                step.growth_tracker = int(state[GROWTH_TRACKER])
 
     def load_from(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Takes the whole state over from an eager model and optimizer, exactly. Needs torch.
@@ -295,6 +301,9 @@ class Session:
         if step is not None:
             numbers = {SEED: step.seed, STEP: step.step_count}
             state.update({n: np.array(v) for n, v in numbers.items() if n in kept})
+            if SCALE in kept:
+                state[SCALE] = np.array(step.loss_scale, np.float32)
+                state[GROWTH_TRACKER] = np.array(step.growth_tracker)
         self.set_state(state)
         self._set_hyper(values)
         if step is not None:
@@ -333,8 +342,7 @@ class Session:
             if spec.role == "stage"
         }
         metrics = {name: value(name) for name in METRICS}
-        if CLIPPED_METRIC in results:
-            metrics[CLIPPED_METRIC] = value(CLIPPED_METRIC)
+        metrics |= {n: value(n) for n in (CLIPPED_METRIC, SCALED_METRIC) if n in results}
         return StepResult(**metrics, outputs=outputs, stages=stages)
 
     def _set_hyper(self, values: Mapping[str, tuple[float, ...]]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sam_export.artifact.semantics import Semantics
+from sam_export.step.loss_scaling import Scaler
 from sam_export.step.variants.variant import Memory, Variant
 
 EPSILON = 1e-12
@@ -123,6 +124,7 @@ def two_passes(
     kind: Kind = SAM_ITSELF,
     memory: Memory = _NOTHING,
     started: Tensor | None = None,
+    scaler: Scaler | None = None,
 ) -> Passes:
     """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
 
@@ -155,13 +157,14 @@ def two_passes(
         kind: Which SAM it is.
         memory: What ``kind.variant`` keeps.
         started: 0 before the first step, where the variant asks for it.
+        scaler: ``g = gradient(loss * scale) * (1 / scale)`` in each pass; None: the gradient.
 
     Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
     """
     names = [name for group in groups for name in group.names]
     ascent_buffers = {name: value.clone() for name, value in buffers.items()}
     at("ascent")
-    loss, gradients, outputs = _gradient(objective, parameters, ascent_buffers, names)
+    loss, gradients, outputs = _gradient(objective, parameters, ascent_buffers, names, scaler)
     at("perturb")
     gradients = _with_decay(gradients, parameters, groups, semantics)
     norms = _norms(list(gradients.values()))
@@ -179,7 +182,7 @@ def two_passes(
         descent_buffers = {name: value.clone() for name, value in ascent_buffers.items()}
     for _ in range(kind.ascent_steps - 1):
         at("ascent")
-        _, further, _ = _gradient(objective, perturbed, descent_buffers, names)
+        _, further, _ = _gradient(objective, perturbed, descent_buffers, names, scaler)
         at("perturb")
         further = _with_decay(further, perturbed, groups, semantics)
         perturbed, _ = move(perturbed, further, _norms(list(further.values())))
@@ -191,7 +194,7 @@ def two_passes(
             stages[f"eps.{name}"] = perturbed[name] - parameters[name]
 
     at("descent")
-    perturbed_loss, adversarial, _ = _gradient(objective, perturbed, descent_buffers, names)
+    perturbed_loss, adversarial, _ = _gradient(objective, perturbed, descent_buffers, names, scaler)
     if stages is not None:
         stages |= {f"g_adv.{name}": gradient for name, gradient in adversarial.items()}
     at("check")
@@ -226,6 +229,7 @@ def one_pass(
     at: Callable[[str], None] = lambda stage: None,
     kind: Kind = SAM_ITSELF,
     memory: Memory = _NOTHING,
+    scaler: Scaler | None = None,
 ) -> Passes:
     """The pass of a step without a perturbation, between those of periodic SAM.
 
@@ -241,11 +245,12 @@ def one_pass(
         at: Told the name of each stage (``ascent``, ``check``) before it begins.
         kind: Which SAM it is.
         memory: What ``kind.variant`` keeps.
+        scaler: As in `two_passes`.
     """
     names = [name for group in groups for name in group.names]
     new_buffers = {name: value.clone() for name, value in buffers.items()}
     at("ascent")
-    loss, gradients, outputs = _gradient(objective, parameters, new_buffers, names)
+    loss, gradients, outputs = _gradient(objective, parameters, new_buffers, names, scaler)
     at("check")
     grad_norm = global_norm(list(gradients.values()))
     final = kind.variant.between(gradients, memory)
@@ -344,6 +349,7 @@ def _gradient(
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     names: Sequence[str],
+    scaler: Scaler | None,
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
     leaves = {name: value.detach() for name, value in parameters.items()}
     for name in names:
@@ -351,7 +357,8 @@ def _gradient(
 
     def differentiated(loss: Tensor, outputs: Any) -> tuple[Tensor, Any, Sequence[Any]]:
         wanted = [leaves[name] for name in names]
-        return loss, outputs, torch.autograd.grad(loss, wanted, allow_unused=True)
+        scaled = loss if scaler is None else scaler.scaled(loss)
+        return loss, outputs, torch.autograd.grad(scaled, wanted, allow_unused=True)
 
     with torch.enable_grad():
         loss, outputs, gradients = objective(leaves, buffers, differentiated)
@@ -360,6 +367,9 @@ def _gradient(
         for name, gradient in zip(names, gradients, strict=True)
         if gradient is not None
     }
+    if scaler is not None:
+        inverse = scaler.inverse()
+        found = {name: gradient * inverse for name, gradient in found.items()}
     return loss.detach(), found, _detached(outputs)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sam_export.artifact.loss_scaling import LossScaling
 from sam_export.artifact.result import StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
@@ -17,13 +17,20 @@ from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
-from sam_export.step.hyper import group_key, hyper_of
+from sam_export.step.hyper import hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
+from sam_export.step.loss_scaling import Scaler
+from sam_export.step.mixed_precision import (
+    autocasting,
+    check_master_weights,
+    check_precision,
+    widened,
+)
 from sam_export.step.passes import Group, Objective, Passes, one_pass, two_passes
 from sam_export.step.perturbation import name_of
+from sam_export.step.pure import pure_step
 from sam_export.step.sam import SAM
-from sam_export.step.update import Slots, apply_update
-from sam_export.step.variants.variant import Memory
+from sam_export.step.update import Slots
 
 
 class TrainStep(nn.Module):
@@ -44,15 +51,24 @@ class TrainStep(nn.Module):
         semantics: The choices that define a step.
         seed: Of the random numbers that the step draws, 64 bits; None takes the seed of torch's
             generator (`torch.manual_seed`).
+        autocast: ``torch.float16`` or ``torch.bfloat16``: model and loss of both passes run under
+            `torch.autocast`, as ``with torch.autocast(device_type, dtype):`` around them would.
+            Weights, gradients and update stay float32, and so do the loss and the outputs that a
+            step returns. None: the dtypes of the model.
+        loss_scaling: Scale the loss before it is differentiated and divide both gradients by the
+            scale; a step that overflows is skipped and lowers it. None: no scale.
 
     Attributes:
         seed: The seed in use.
         step_count: Steps run so far, skipped ones included: the number of the next step. It is
             part of `state_dict`, like the seed.
+        loss_scale: With loss scaling, the scale of the next step, and
+        growth_tracker: how many steps it has been right; both are part of `state_dict`.
 
     Raises:
         StepConfigError: The optimizer is not a `SAM`, has a parameter that is not the model's,
-            nothing is left to train, or the seed has more than 64 bits.
+            nothing is left to train, the seed has more than 64 bits, or the settings of mixed
+            precision do not go together (see `step.mixed_precision`).
     """
 
     def __init__(
@@ -63,6 +79,8 @@ class TrainStep(nn.Module):
         num_targets: int = 1,
         semantics: Semantics | None = None,
         seed: int | None = None,
+        autocast: torch.dtype | None = None,
+        loss_scaling: LossScaling | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(optimizer, SAM):
@@ -84,9 +102,15 @@ class TrainStep(nn.Module):
             )
         self.seed = _signed(torch.initial_seed() if seed is None else seed)
         self.step_count = 0
+        check_precision(autocast, loss_scaling, self.semantics)
+        self.autocast = autocast
+        self.loss_scaling = loss_scaling
+        self.loss_scale = float(loss_scaling.init_scale) if loss_scaling else None
+        self.growth_tracker = 0
         self._draws_nothing = False
         self._was_looked_at = False
         self.group_names()  # refuse a wrong optimizer now rather than at the first step
+        self.check_master_weights()
 
     def group_names(self) -> list[list[str]]:
         """Names of the trained parameters, per parameter group of the optimizer.
@@ -153,13 +177,16 @@ class TrainStep(nn.Module):
             use: Callable[[Tensor, Any], Any],
         ) -> Any:
             def run() -> Any:
-                outputs = layout.call(self.model, values)
-                loss = (
-                    outputs
-                    if self.loss_fn is None
-                    else self.loss_fn(outputs, *values[len(layout.inputs) :])
-                )
+                with self.autocasting():
+                    outputs = layout.call(self.model, values)
+                    loss = (
+                        outputs
+                        if self.loss_fn is None
+                        else self.loss_fn(outputs, *values[len(layout.inputs) :])
+                    )
                 check_loss(loss, self.loss_fn is None)
+                if self.autocast is not None:
+                    loss, outputs = widened((loss, outputs))
                 if not self._was_looked_at:
                     refuse_reentrant(loss)
                     self._was_looked_at = True
@@ -170,100 +197,10 @@ class TrainStep(nn.Module):
         return evaluate
 
     def pure(
-        self,
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        slots: Slots,
-        hyper: Mapping[str, Tensor],
-        layout: BatchLayout,
-        values: Sequence[Tensor],
-        at: Callable[[str], None] = lambda stage: None,
-        watch: Callable[[Tensor], None] = lambda loss: None,
-        draws: Draws | None = None,
-        stages: dict[str, Tensor] | None = None,
-        started: Tensor | None = None,
-        memory: Memory | None = None,
-        perturbed: bool = True,
-        starts_specially: bool = False,
+        self, *state_and_batch: Any, **options: Any
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
-        """The whole step as a function of its arguments; changes nothing.
-
-        Args:
-            parameters: All parameters by name.
-            buffers: All buffers by name.
-            slots: State of the base optimizer by parameter name and slot key.
-            hyper: ``lr``, ``rho`` and whatever else is no constant: float64[groups] each.
-            layout: How the batch is divided.
-            values: The batch, in the order of ``layout.names``.
-            at: Told the name of each stage before it begins.
-            watch: Shown the loss of each pass before it is differentiated.
-            draws: Where random numbers come from; None: torch's generators.
-            stages: Gets gradients and perturbations by name, as `two_passes` has them.
-            started: 0 before the first update, where that is a special one, for the base optimizer
-                or for the SAM variant.
-            memory: What the SAM variant keeps, by parameter name and key.
-            perturbed: Whether this is a step of SAM, or one between those of periodic SAM.
-            starts_specially: Whether it is the base optimizer that wants ``started``; see
-                `apply_update`.
-
-        Returns:
-            Both passes (losses, norms, new buffers), the new parameters and the new slots. They
-            hold the update whether or not ``passes.finite``: what to do then is the caller's part.
-        """
-        groups = self.groups()
-        if "weight_decay" in hyper:
-            decays = hyper["weight_decay"].unbind()
-            groups = [replace(g, weight_decay=d) for g, d in zip(groups, decays, strict=True)]
-        objective = self.objective(layout, values)
-
-        def watched(
-            parameters: Mapping[str, Tensor],
-            buffers: Mapping[str, Tensor],
-            use: Callable[[Tensor, Any], Any],
-        ) -> Any:
-            def use_watched(loss: Tensor, outputs: Any) -> Any:
-                watch(loss)
-                return use(loss, outputs)
-
-            return objective(parameters, buffers, use_watched)
-
-        def begin(stage: str) -> None:
-            at(stage)
-            if draws is not None:
-                draws.at(stage)
-
-        with torch.no_grad(), draws or contextlib.nullcontext():
-            kept = {"kind": self.optimizer.kind, "memory": memory or {}}
-            if perturbed:
-                rho = list(hyper["rho"].unbind())
-                passes = two_passes(
-                    watched, parameters, buffers, groups, rho, self.semantics, at=begin,
-                    stages=stages, started=started, **kept,
-                )  # fmt: skip
-            else:
-                passes = one_pass(
-                    watched, parameters, buffers, groups, self.semantics, at=begin, **kept
-                )
-            begin("update")
-            names = [list(group.names) for group in groups]
-            trained = {name: parameters[name] for part in names for name in part}
-            updated, new_slots = apply_update(
-                self.optimizer.base_optimizer,
-                trained,
-                passes.gradients,
-                slots,
-                names,
-                [
-                    {
-                        group_key(self.optimizer, name): value[i]
-                        for name, value in hyper.items()
-                        if name != "rho"
-                    }
-                    for i in range(len(groups))
-                ],
-                started if starts_specially else None,
-            )
-        return passes, updated, new_slots
+        """The whole step as a function of its arguments, see `step.pure.pure_step`."""
+        return pure_step(self, *state_and_batch, **options)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator,no-untyped-call]
         reason="TrainStep calls the eager optimizer; use sam_export.capture(step, batch) and "
@@ -289,6 +226,8 @@ class TrainStep(nn.Module):
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
         generators = Generators(parameters.values())
+        self.check_master_weights()
+        scaler = self.scaler(next(iter(parameters.values())).device)
 
         def run(at: Callable[[str], None]) -> Passes:
             objective = self.objective(layout, values)
@@ -297,12 +236,12 @@ class TrainStep(nn.Module):
             if self.step_count % self.optimizer.every:
                 return one_pass(
                     objective, detached, buffers, self.groups(), self.semantics,
-                    at=at, kind=kind, memory=memory,
+                    at=at, kind=kind, memory=memory, scaler=scaler,
                 )  # fmt: skip
             started = torch.tensor(int(bool(self.optimizer.memory)))
             return two_passes(
                 objective, detached, buffers, self.groups(), self.hyper(["rho"])["rho"],
-                self.semantics, at=at, kind=kind, memory=memory, started=started,
+                self.semantics, at=at, kind=kind, memory=memory, started=started, scaler=scaler,
             )  # fmt: skip
 
         with torch.no_grad():
@@ -326,6 +265,9 @@ class TrainStep(nn.Module):
                 self._draws_nothing = draws.count == 0
         self.step_count += 1
         self.optimizer.count = self.step_count
+        if scaler is not None:
+            scale, tracker = scaler.after(passes.finite)
+            self.loss_scale, self.growth_tracker = float(scale), int(tracker)
         return StepResult(
             loss=passes.loss,
             perturbed_loss=passes.perturbed_loss,
@@ -334,7 +276,25 @@ class TrainStep(nn.Module):
             finite=passes.finite,
             outputs=passes.outputs,
             perturbed_grad_norm=passes.perturbed_grad_norm,
+            loss_scale=None if scaler is None else scaler.shown,
         )
+
+    def check_master_weights(self) -> None:
+        """With mixed precision, refuses weights that are not float32: `StepConfigError`."""
+        named = self.model.named_parameters()
+        check_master_weights(named, self.autocast, self.loss_scaling)
+
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """Inside, operators compute in the dtype that the step casts to."""
+        return autocasting(self.model, self.autocast)
+
+    def scaler(self, device: torch.device) -> Scaler | None:
+        """The scale of the next step; None without loss scaling."""
+        if self.loss_scaling is None:
+            return None
+        scale = torch.tensor(self.loss_scale, dtype=torch.float32, device=device)
+        tracker = torch.tensor(self.growth_tracker, device=device)
+        return Scaler(self.loss_scaling, scale, tracker)
 
     def draws(self, device: torch.device) -> Draws:
         """The random numbers of the next step."""
@@ -344,13 +304,22 @@ class TrainStep(nn.Module):
             same=self.semantics.randomness == "same",
         )
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Seed and step number, for `state_dict`."""
-        return {"seed": self.seed, "step_count": self.step_count}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Seed, step number and scale of the loss, for `state_dict`."""
+        state: dict[str, Any] = {"seed": self.seed, "step_count": self.step_count}
+        if self.loss_scaling is not None:
+            state |= {"loss_scale": self.loss_scale, "growth_tracker": self.growth_tracker}
+        return state
 
-    def set_extra_state(self, state: Mapping[str, int]) -> None:
-        """The inverse of `get_extra_state`."""
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `get_extra_state`.
+
+        A step with loss scaling keeps its own scale where the state has none.
+        """
         self.seed, self.step_count = state["seed"], state["step_count"]
+        if self.loss_scaling is not None and "loss_scale" in state:
+            self.loss_scale = float(state["loss_scale"])
+            self.growth_tracker = int(state["growth_tracker"])
 
     def _finish(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], passes: Passes

@@ -13,8 +13,11 @@ from torch import Tensor
 from sam_export._compat import origins
 from sam_export.artifact import tree
 from sam_export.artifact.contract import (
+    GROWTH_TRACKER,
     HYPER,
     NEXT,
+    SCALE,
+    SCALED_METRIC,
     SEED,
     STAGE,
     STARTED,
@@ -33,6 +36,8 @@ from sam_export.step.batch import BatchLayout, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.hyper import baked_of
+from sam_export.step.loss_scaling import Scaler
+from sam_export.step.mixed_precision import autocast_name, widened
 from sam_export.step.perturbation import name_of
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import BaseOptimizer, CapturedStep
@@ -102,6 +107,7 @@ def capture(
     values = layout.tensors(batch)
     dims = dims_of(dynamic, layout.names, values)
     values = at_least_two(values, dims)
+    step.check_master_weights()
     with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
         how = (return_outputs, portable, stages, hyper)
@@ -176,6 +182,8 @@ class _Capture:
             variant=self.step.optimizer.variant.name,
             every=self.step.optimizer.every,
             ascent_steps=self.step.optimizer.ascent_steps,
+            autocast=autocast_name(self.step.autocast),
+            loss_scaling=self.step.loss_scaling,
         )
         program = contract.program("step")
         refuse_wrong_flow(
@@ -200,7 +208,7 @@ class _Capture:
     # -- the three functions that are traced: flat tensors by name -> (name, role, tensor) --------
 
     def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
-        with self._draws_of_evaluation(given):
+        with self._draws_of_evaluation(given), self.step.autocasting():
             inputs = [given[name] for name in self.layout.inputs]
             outputs = call_with(
                 self.step.model,
@@ -208,6 +216,8 @@ class _Capture:
                 lambda: self.layout.call(self.step.model, inputs),
                 refuse_replaced=False,
             )
+        if self.step.autocast is not None:
+            outputs = widened(outputs)
         leaves, self.output_tree = tree.flatten(outputs)
         return [(name, "output", leaf) for name, leaf in leaves]
 
@@ -232,6 +242,7 @@ class _Capture:
             draws = self._draws(given, same=self.step.semantics.randomness == "same")
             parameters, buffers = self.state.split(given)
             stages: dict[str, Tensor] | None = {} if self.stages and perturbed else None
+            scaler = self._scaler(given)
             with paths.recording():
                 passes, updated, slots = self.step.pure(
                     parameters,
@@ -248,10 +259,13 @@ class _Capture:
                     memory=self.state.slots(given, "memory"),
                     perturbed=perturbed,
                     starts_specially=self.state.starts_specially,
+                    scaler=scaler,
                 )
             result: list[Produced] = [
                 (name, "metric", getattr(passes, name)) for name in metrics_of(self.step.semantics)
             ]
+            if scaler is not None:
+                result.append((SCALED_METRIC, "metric", scaler.shown))
             if self.return_outputs:
                 leaves = tree.flatten(passes.outputs)[0]
                 result += [(name, "output", leaf) for name, leaf in leaves]
@@ -264,6 +278,8 @@ class _Capture:
             }
             if STARTED in given:
                 after[STARTED] = given[STARTED].clamp(min=1)  # a reader: it is written last
+            if scaler is not None:
+                after[SCALE], after[GROWTH_TRACKER] = scaler.after(passes.finite)
             if SEED in given:
                 after[SEED] = given[SEED]
             if STEP in given:
@@ -277,6 +293,11 @@ class _Capture:
     def _model_state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters, buffers = self.state.split(given)
         return {**parameters, **{name: value.clone() for name, value in buffers.items()}}
+
+    def _scaler(self, given: Mapping[str, Tensor]) -> Scaler | None:
+        if self.step.loss_scaling is None:
+            return None
+        return Scaler(self.step.loss_scaling, given[SCALE], given[GROWTH_TRACKER])
 
     def _draws(
         self, given: Mapping[str, Tensor], same: bool, first_stream: int = 0

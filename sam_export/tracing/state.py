@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sam_export.artifact.contract import SEED, STARTED, STEP, Role, TensorSpec
+from sam_export.artifact.contract import (
+    GROWTH_TRACKER,
+    SCALE,
+    SEED,
+    STARTED,
+    STEP,
+    Role,
+    TensorSpec,
+)
 from sam_export.errors import CaptureError, SamExportError, StepConfigError
 from sam_export.step.batch import BatchLayout
 from sam_export.step.train_step import TrainStep
@@ -44,7 +52,7 @@ def dtype_name(name: str, tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Parameters, then buffers, then slots, then counters and the seed.
+    """Parameters, then buffers, then slots, then counters, the scale of the loss and the seed.
 
     Attributes:
         specs: One per state tensor, in the order of the graph inputs.
@@ -114,8 +122,9 @@ def memory_name(parameter: str, key: str) -> str:
 
 def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> StateLayout:
     """The state of ``step``: every parameter and buffer of the model, every slot of the optimizer,
-    what the SAM variant keeps, where the first update is a special one, whether that was, where
-    random numbers come from Philox, the seed, and there and in periodic SAM the step number.
+    what the SAM variant keeps, where the first update is a special one, whether that was, the scale
+    of the loss, where random numbers come from Philox, the seed, and there and in periodic SAM the
+    step number.
 
     Raises:
         StepConfigError: The loss uses no trained parameter, or the optimizer's slots cannot be
@@ -183,6 +192,10 @@ def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor])
     if start.is_special or step.optimizer.variant.starts:
         has_started = not start.is_special and bool(step.optimizer.memory)
         add(TensorSpec(STARTED, "counter", "int64", ()), torch.tensor(int(has_started)))
+    scaler = step.scaler(torch.device("cpu"))
+    if scaler is not None:
+        add(TensorSpec(SCALE, "scaler", "float32", ()), scaler.scale)
+        add(TensorSpec(GROWTH_TRACKER, "scaler", "int64", ()), scaler.growth_tracker)
     if step.semantics.generator == "philox":
         add(TensorSpec(SEED, "rng", "int64", ()), torch.tensor(step.seed))
     if step.semantics.generator == "philox" or step.optimizer.every > 1:

@@ -38,6 +38,7 @@ EXEMPT = (
 
 ORACLE = (
     "parity/oracle.py",
+    "parity/oracle_precision.py",
     "parity/oracle_random.py",
     "parity/oracle_slots.py",
     "parity/oracle_variants.py",
