@@ -121,7 +121,7 @@ def check_parity(
     _check_request(batches, num_steps, chosen, names)
     tol = tolerances or Tolerances()
     if dynamic == "batch":
-        batches = with_unseen_size(batches, num_steps)
+        batches = with_unseen_size(batches, num_steps, step.semantics.micro_batches)
     done: dict[str, TargetReport] = {}
     facts: dict[str, dict[str, Any]] = {}
     interrupted = False
@@ -304,6 +304,8 @@ def _oracle(step: TrainStep) -> Oracle:
             step.loss_scale or 1.0,
             step.growth_tracker,
         ),
+        micro_batches=semantics.micro_batches,
+        perturbation_per=semantics.perturbation_per,
     )
 
 

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sam_export.parity.oracle_parts import Rounds, parts_of
 from sam_export.parity.oracle_precision import OraclePrecision, wide_norm
-from sam_export.parity.oracle_random import OracleDraws
+from sam_export.parity.oracle_random import OracleDraws, generator_states, set_generators
 from sam_export.parity.oracle_slots import OracleSlots, host_copy
 from sam_export.parity.oracle_variants import clip, other_perturbation
 
@@ -61,6 +62,9 @@ class Oracle:
         clip_norm: Of ``g_adv``, by `torch.nn.utils.clip_grad_norm_`, after ``clip_value``.
         clip_value: Of ``g_adv``, by `torch.nn.utils.clip_grad_value_`.
         precision: Autocast and loss scaling; None: neither.
+        micro_batches: Into how many equal parts a batch is cut; gradients are means over them.
+        perturbation_per: ``"batch"``, or ``"micro_batch"``: the steps up to the second gradient are
+            taken for each part alone, and the update gets the mean.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
         Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, algorithm 1.
@@ -86,6 +90,8 @@ class Oracle:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         precision: OraclePrecision | None = None,
+        micro_batches: int = 1,
+        perturbation_per: str = "batch",
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         memo: dict[int, Any] = {}
@@ -113,6 +119,7 @@ class Oracle:
         self.norm_over, self.perturbation, self.adaptive = norm_over, perturbation, adaptive
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.precision = precision or OraclePrecision()
+        self.micro_batches, self.perturbation_per = micro_batches, perturbation_per
         self.keeps_stages = False
         """Whether a snapshot holds the gradients and perturbations of the last step."""
         self.stages: dict[str, Tensor] = {}
@@ -155,8 +162,7 @@ class Oracle:
         """One step of the base optimizer alone: one pass, no perturbation."""
         with torch.enable_grad(), self._default_dtype():
             self._zero_grad()
-            with self._drawing(0):
-                self._loss(self.tensors(batch)).backward()  # type: ignore[no-untyped-call]
+            self._plain_pass(batch)
             self.optimizer.step()
             self._zero_grad()
 
@@ -166,9 +172,7 @@ class Oracle:
         before = [buffer.clone() for buffer in buffers]
         with torch.enable_grad(), self._default_dtype():
             self._zero_grad()
-            with self._drawing(0):
-                loss = self._loss(self.tensors(batch))
-                loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._plain_pass(batch)
         with torch.no_grad():
             self._put_back(buffers, before)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -178,79 +182,64 @@ class Oracle:
             if p.grad is not None and id(p) in held
         }
         self._zero_grad()
-        return float(loss.detach()), gradient
+        return loss, gradient
 
     def _step(self, batch: Batch, overflows: bool) -> dict[str, float | bool]:
         groups = self.optimizer.param_groups
+        parameters = list(self.model.parameters())
         buffers = list(self.model.buffers())
         buffers_at_start = [buffer.clone() for buffer in buffers]
-        generators = self._generators()
+        parts = parts_of(batch, self.micro_batches)
+        # Parts that share one perturbation make a round.
+        per_part = self.perturbation_per == "micro_batch"
+        members_of = [[part] for part in parts] if per_part else [parts]
+        rounds = Rounds(len(members_of))
+        self.draws = 0
+        for members in members_of:
+            generators, first = generator_states(), self.draws
 
-        stages: dict[str, Tensor] = {}
-        name_of: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+            # First pass, at w.
+            self._zero_grad()
+            loss = self._pass(members, first)
+            buffers_after_ascent = [buffer.clone() for buffer in buffers]
+            with torch.no_grad():
+                grad_norm, perturbation_norm, old = self._perturb(rounds)
+                rounds.add_gradients("g", parameters)
 
-        # First pass, at w.
-        self._zero_grad()
-        with self._drawing(0) as draws:
-            loss = self._loss(batch)
-            self.precision.backward(loss, self.model.parameters())
-        self.draws = draws.next
-        buffers_after_ascent = [buffer.clone() for buffer in buffers]
-        old: list[tuple[Tensor, Tensor]] = []
-        perturbations: list[Tensor] = []
+            # Second pass, at w + eps.
+            self._zero_grad()
+            if self.randomness == "same":
+                set_generators(generators)
+            perturbed_loss = self._pass(members, first if self.randomness == "same" else self.draws)
+            with torch.no_grad():
+                for p, value in old:
+                    p.copy_(value)
+                self.without_gradient = self._without_gradient()
+                if self.keeps_stages:
+                    rounds.add_stages(
+                        {f"g_adv.{self._name(p)}": p.grad for p, _ in old if p.grad is not None}
+                    )
+                rounds.add_gradients("g_adv", parameters)
+                if self.running_stats == "ascent":
+                    self._put_back(buffers, buffers_after_ascent)
+            rounds.note(
+                loss=loss, perturbed_loss=perturbed_loss,
+                grad_norm=grad_norm, perturbation_norm=perturbation_norm,
+            )  # fmt: skip
         with torch.no_grad():
-            if self.decay_in_ascent:
-                for group in groups:
-                    for p in group["params"]:
-                        if p.grad is not None:
-                            p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
-            grad_norm = self._grad_norm()
-            others = other_perturbation(
-                self.model, groups, self.radius, self.perturbation, self.adaptive
-            )
-            norm = grad_norm
-            if self.norm_over == "perturbed":
-                held = [(p, g[self.radius]) for g in groups for p in g["params"]]
-                norm = self._grad_norm([radius for p, radius in held if p.grad is not None])
-            for group in groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        if self.norm_over == "tensor":
-                            norm = p.grad.norm()
-                        e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
-                        e = (e if others is None else others[name_of[p]]).to(p.dtype)
-                        old.append((p, p.clone()))
-                        perturbations.append(e)
-                        p.add_(e)
-                        if self.keeps_stages:
-                            stages[f"g.{name_of[p]}"] = p.grad.clone()
-                            stages[f"eps.{name_of[p]}"] = p - old[-1][1]
-            perturbation_norm = wide_norm(perturbations)
-
-        # Second pass, at w + eps.
-        self._zero_grad()
-        if self.randomness == "same":
-            self._set_generators(generators)
-        with self._drawing(0 if self.randomness == "same" else self.draws) as draws:
-            perturbed_loss = self._loss(batch)
-            self.precision.backward(perturbed_loss, self.model.parameters())
-        with torch.no_grad():
-            for p, value in old:
-                p.copy_(value)
-            self.without_gradient = self._without_gradient()
-            if self.keeps_stages:
-                stages |= {
-                    f"g_adv.{name_of[p]}": p.grad.clone() for p, _ in old if p.grad is not None
-                }
+            norms = [grad_norm]
+            if rounds.count > 1:
+                rounds.put_gradients("g", parameters)
+                norms = [self._grad_norm(), *rounds.scalars["grad_norm"]]
+                rounds.put_gradients("g_adv", parameters)
             perturbed_grad_norm = self._grad_norm()
-            scalars = (loss, perturbed_loss, grad_norm, perturbed_grad_norm)
+            scalars = (rounds.mean("loss"), rounds.mean("perturbed_loss"), *norms)
+            scalars += (rounds.mean("perturbation_norm"), perturbed_grad_norm)
             finite = all(bool(torch.isfinite(value)) for value in scalars) and not overflows
-            self.stages = stages if finite else {}
+            self.stages = rounds.stages if finite else {}
             if not finite and self.on_nonfinite != "ignore":
                 self._put_back(buffers, buffers_at_start)
             else:
-                if self.running_stats == "ascent":
-                    self._put_back(buffers, buffers_after_ascent)
                 clip(groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
         self._zero_grad()
@@ -260,12 +249,71 @@ class Oracle:
         return {
             **clipping,
             **scaled,
-            "loss": float(loss.detach()),
-            "perturbed_loss": float(perturbed_loss.detach()),
-            "grad_norm": float(grad_norm),
-            "perturbation_norm": float(perturbation_norm),
+            "loss": float(rounds.mean("loss")),
+            "perturbed_loss": float(rounds.mean("perturbed_loss")),
+            "grad_norm": float(norms[0]),
+            "perturbation_norm": float(rounds.mean("perturbation_norm")),
             "finite": finite,
         }
+
+    def _pass(self, members: Sequence[Batch], first_draw: int) -> Tensor:
+        """Mean loss of the parts; its gradient is added up in the parameters."""
+        losses = []
+        with self._drawing(first_draw) as draws:
+            for member in members:
+                loss = self._loss(member)
+                losses.append(loss.detach())
+                self.precision.backward(loss / len(members) if len(members) > 1 else loss)
+        self.precision.unscale(self.model.parameters())
+        self.draws = max(self.draws, draws.next)
+        return torch.stack(losses).mean()
+
+    def _plain_pass(self, batch: Batch) -> float:
+        """A pass without the scale of the loss; the mean loss of the parts."""
+        parts = parts_of(self.tensors(batch), self.micro_batches)
+        total = 0.0
+        with self._drawing(0):
+            for part in parts:
+                loss = self._loss(part) / len(parts)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        return total
+
+    def _perturb(self, rounds: Rounds) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Moves the weights to ``w + eps``; the norms of ``g`` and ``eps``, and what they were."""
+        groups = self.optimizer.param_groups
+        old: list[tuple[Tensor, Tensor]] = []
+        perturbations: list[Tensor] = []
+        if self.decay_in_ascent:
+            for group in groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
+        grad_norm = self._grad_norm()
+        others = other_perturbation(
+            self.model, groups, self.radius, self.perturbation, self.adaptive
+        )
+        norm = grad_norm
+        if self.norm_over == "perturbed":
+            held = [(p, g[self.radius]) for g in groups for p in g["params"]]
+            norm = self._grad_norm([radius for p, radius in held if p.grad is not None])
+        for group in groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if self.norm_over == "tensor":
+                        norm = p.grad.norm()
+                    e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
+                    e = (e if others is None else others[self._name(p)]).to(p.dtype)
+                    old.append((p, p.clone()))
+                    perturbations.append(e)
+                    p.add_(e)
+                    if self.keeps_stages:
+                        name = self._name(p)
+                        rounds.add_stages({f"g.{name}": p.grad, f"eps.{name}": p - old[-1][1]})
+        return grad_norm, wide_norm(perturbations), old
+
+    def _name(self, parameter: Tensor) -> str:
+        return next(name for name, p in self.model.named_parameters() if p is parameter)
 
     def _loss(self, batch: Batch) -> Tensor:
         with self.precision.casting(self.device):
@@ -386,13 +434,3 @@ class Oracle:
             yield
         finally:
             torch.set_default_dtype(before)
-
-    def _generators(self) -> tuple[Tensor, list[Tensor]]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return torch.get_rng_state(), cuda
-
-    @staticmethod
-    def _set_generators(states: tuple[Tensor, list[Tensor]]) -> None:
-        torch.set_rng_state(states[0])
-        if states[1]:
-            torch.cuda.set_rng_state_all(states[1])

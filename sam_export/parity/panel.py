@@ -141,6 +141,7 @@ class Panel:
         self.dtype = str(next(self.start[n].dtype for n in probe.parameter_names))
         self._eager = made()
         self.casts_to = probe.precision.autocast
+        self.parts = probe.micro_batches
         self._plain = self._without_casts()
         self.on_nonfinite = self._eager.on_nonfinite
         self.draws = drew
@@ -361,17 +362,22 @@ class Panel:
 
     def _order_is_neutral(self) -> bool:
         """Whether permuting the examples changes the loss by rounding only."""
-        batch = next((b for b in self.batches if examples(b) >= SMALLEST), None)
+        batch = next((b for b in self.batches if self._can_permute(b)), None)
         if batch is None:
             return False
         losses = []
         for variant in (0, 1):
             self.judge.load(self.start)
-            losses.append(self.judge.step(permuted(batch, np.random.default_rng(variant)))["loss"])
+            other = permuted(batch, np.random.default_rng(variant), self.parts)
+            losses.append(self.judge.step(other)["loss"])
         # Summing n terms in another order errs by about sqrt(n) roundings; 1e4 is far above that
         # and far below what exchanging examples does to a loss that depends on their order.
         eps = np.finfo("float64" if self.judge.is_double else self.dtype).eps
         return not abs(losses[0] - losses[1]) > 1e4 * float(eps) * abs(losses[0])
+
+    def _can_permute(self, batch: Batch) -> bool:
+        """Whether a part has enough examples for their order to matter."""
+        return examples(batch) >= SMALLEST * self.parts
 
     def _disturbed_state(self, state: State, variant: int, step: int) -> State:
         if variant < _FIRST_DISTURBED or not self._jitters:
@@ -386,9 +392,9 @@ class Panel:
         if variant < _FIRST_DISTURBED:
             return batch
         rng = np.random.default_rng([self.seed, 2, variant, step])
-        permutes = self._permutes and examples(batch) >= SMALLEST
+        permutes = self._permutes and self._can_permute(batch)
         if permutes:
-            batch = permuted(batch, rng)
+            batch = permuted(batch, rng, self.parts)
         if permutes and not self._jitters:
             return batch
         move = self._jitter

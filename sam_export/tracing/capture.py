@@ -51,7 +51,8 @@ from sam_export.tracing.randomness import (
     share_draws,
     share_dropout_factors,
 )
-from sam_export.tracing.state import StateLayout, accepts, dtype_name, memory_name, state_layout
+from sam_export.tracing.sizes import multiples_of, smallest_sizes
+from sam_export.tracing.state import StateLayout, dtype_name, memory_name, state_layout
 from sam_export.tracing.surroundings import eval_mode, kernels
 from sam_export.tracing.trace import exported, traced
 from sam_export.tracing.unchanged import drop_unchanged
@@ -106,11 +107,12 @@ def capture(
     layout = step.layout(batch)
     values = layout.tensors(batch)
     dims = dims_of(dynamic, layout.names, values)
-    values = at_least_two(values, dims)
+    multiples = multiples_of(step, layout, values, dims)
+    values = at_least_two(values, dims, multiples)
     step.check_master_weights()
     with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
-        how = (return_outputs, portable, stages, hyper)
+        how = (multiples, return_outputs, portable, stages, hyper)
         return _Capture(step, layout, values, dims, state, *how).run()
 
 
@@ -128,6 +130,7 @@ class _Capture:
         values: list[Tensor],
         dims: list[dict[int, str]],
         state: StateLayout,
+        multiples: dict[str, int],
         return_outputs: bool,
         portable: bool,
         stages: bool,
@@ -138,6 +141,7 @@ class _Capture:
         self.values = values
         self.dims = dims
         self.state = state
+        self.multiples = multiples
         self.return_outputs = return_outputs
         self.portable = portable
         self.stages = stages
@@ -172,7 +176,13 @@ class _Capture:
             hyper=self.hyper,
             batch=batch,
             batch_kind=self.layout.kind,
-            dims=self._smallest(),
+            dims={
+                name: least * self.multiples.get(name, 1)
+                for name, least in smallest_sizes(
+                    self.step, self.layout, self.state, self.values, self.dims
+                ).items()
+            },
+            multiples=self.multiples,
             programs=tuple(reversed(self.specs)),
             output_tree=self.output_tree,
             groups=tuple(tuple(group.names) for group in self.step.groups()),
@@ -329,12 +339,14 @@ class _Capture:
         arguments += self.values[:batch_count]
         marks += self.dims[:batch_count]
         produced: list[Produced] = []
+        # Only what trains goes through the model part by part.
+        multiples = self.multiples if name in TRAINING else {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             produced[:] = function(dict(zip(names, tensors, strict=True)))
             return [tensor for _, _, tensor in produced]
 
-        graph_module, symbols = traced(flat, arguments, marks)
+        graph_module, symbols = traced(flat, arguments, marks, multiples)
         semantics = self.step.semantics
         trains = name in TRAINING
         if trains and (semantics.generator, semantics.randomness) == ("torch", "same"):
@@ -352,7 +364,7 @@ class _Capture:
         names = [names[place] for place in places]
         arguments = [arguments[place] for place in places]
         marks = [marks[place] for place in places]
-        program = exported(graph_module, arguments, marks)
+        program = exported(graph_module, arguments, marks, multiples)
         refuse_mutation(program.graph)
         outputs = [
             TensorSpec(output, role, dtype_name(output, tensor), _shape(tensor, symbols))
@@ -377,18 +389,6 @@ class _Capture:
                         f"One step turns state {before.name!r} from {before.description} into "
                         f"{spec.description}; the next step could not take it."
                     )
-
-    def _smallest(self) -> dict[str, int]:
-        """The smallest size that each symbol may take: 2 where the model refuses 1 (BatchNorm)."""
-        smallest = {}
-        for symbol in sorted({symbol for marks in self.dims for symbol in marks.values()}):
-            values = [
-                value.narrow(d, 0, 1) if marks.get(d) == symbol else value
-                for value, marks in zip(self.values, self.dims, strict=True)
-                for d in [next((d for d, name in marks.items() if name == symbol), 0)]
-            ]
-            smallest[symbol] = 1 if accepts(self.step, self.layout, self.state, values) else 2
-        return smallest
 
 
 def _shape(tensor: Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:
