@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.tolerances import Tolerances
 
 SMALLEST = 3

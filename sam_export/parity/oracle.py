@@ -8,8 +8,7 @@ careful person writes it by hand, for clarity, not for speed.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sam_export.parity.oracle_batch import Batch, loss_of, moved
 from sam_export.parity.oracle_precision import OraclePrecision, wide_norm
 from sam_export.parity.oracle_random import OracleDraws
 from sam_export.parity.oracle_slots import OracleSlots, host_copy
-from sam_export.parity.oracle_variants import clip, other_perturbation
-
-Batch = Sequence[Any] | Mapping[str, Any]
+from sam_export.parity.oracle_surroundings import (
+    default_dtype,
+    generator_states,
+    set_generator_states,
+)
+from sam_export.parity.oracle_variants import OracleVariant, clip, other_perturbation
 
 
 class Oracle:
@@ -61,6 +64,9 @@ class Oracle:
         clip_norm: Of ``g_adv``, by `torch.nn.utils.clip_grad_norm_`, after ``clip_value``.
         clip_value: Of ``g_adv``, by `torch.nn.utils.clip_grad_value_`.
         precision: Autocast and loss scaling; None: neither.
+        variant: GSAM, Friendly SAM or LookSAM; None: SAM itself.
+        every: Only a step whose number is divisible by it is one of SAM.
+        ascent_steps: How many steps lead to ``w + eps``, each of length ``rho / ascent_steps``.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
         Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, algorithm 1.
@@ -86,6 +92,9 @@ class Oracle:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         precision: OraclePrecision | None = None,
+        variant: OracleVariant | None = None,
+        every: int = 1,
+        ascent_steps: int = 1,
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         memo: dict[int, Any] = {}
@@ -113,6 +122,9 @@ class Oracle:
         self.norm_over, self.perturbation, self.adaptive = norm_over, perturbation, adaptive
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.precision = precision or OraclePrecision()
+        self.variant = variant or OracleVariant()
+        self.every, self.ascent_steps = every, ascent_steps
+        self._drawn = 0
         self.keeps_stages = False
         """Whether a snapshot holds the gradients and perturbations of the last step."""
         self.stages: dict[str, Tensor] = {}
@@ -129,6 +141,7 @@ class Oracle:
             for key, value in entries.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     entries[key] = value.double()
+        self.variant.double()
         self.is_double = self.precision.is_exact = True
         return self
 
@@ -146,14 +159,14 @@ class Oracle:
         Returns:
             ``loss``, ``perturbed_loss``, ``grad_norm``, ``perturbation_norm`` and ``finite``.
         """
-        with torch.enable_grad(), self._default_dtype():
+        with torch.enable_grad(), default_dtype(self.is_double):
             result = self._step(self.tensors(batch), overflows)
         self.step_count += int(bool(result["finite"]) or self.on_nonfinite != "raise")
         return result
 
     def base_step(self, batch: Batch) -> None:
         """One step of the base optimizer alone: one pass, no perturbation."""
-        with torch.enable_grad(), self._default_dtype():
+        with torch.enable_grad(), default_dtype(self.is_double):
             self._zero_grad()
             with self._drawing(0):
                 self._loss(self.tensors(batch)).backward()  # type: ignore[no-untyped-call]
@@ -164,7 +177,7 @@ class Oracle:
         """Loss and gradient at the current weights, by name; buffers are put back."""
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        with torch.enable_grad(), self._default_dtype():
+        with torch.enable_grad(), default_dtype(self.is_double):
             self._zero_grad()
             with self._drawing(0):
                 loss = self._loss(self.tensors(batch))
@@ -181,77 +194,59 @@ class Oracle:
         return float(loss.detach()), gradient
 
     def _step(self, batch: Batch, overflows: bool) -> dict[str, float | bool]:
-        groups = self.optimizer.param_groups
         buffers = list(self.model.buffers())
         buffers_at_start = [buffer.clone() for buffer in buffers]
-        generators = self._generators()
-
+        kept_at_start = self.variant.copy_of_kept()
+        generators = generator_states()
         stages: dict[str, Tensor] = {}
-        name_of: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
 
         # First pass, at w.
-        self._zero_grad()
-        with self._drawing(0) as draws:
-            loss = self._loss(batch)
-            self.precision.backward(loss, self.model.parameters())
-        self.draws = draws.next
+        loss = self._pass(batch)
+        self.draws = self._drawn
         buffers_after_ascent = [buffer.clone() for buffer in buffers]
-        old: list[tuple[Tensor, Tensor]] = []
-        perturbations: list[Tensor] = []
         with torch.no_grad():
-            if self.decay_in_ascent:
-                for group in groups:
-                    for p in group["params"]:
-                        if p.grad is not None:
-                            p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
+            self._add_decay()
             grad_norm = self._grad_norm()
-            others = other_perturbation(
-                self.model, groups, self.radius, self.perturbation, self.adaptive
-            )
-            norm = grad_norm
-            if self.norm_over == "perturbed":
-                held = [(p, g[self.radius]) for g in groups for p in g["params"]]
-                norm = self._grad_norm([radius for p, radius in held if p.grad is not None])
-            for group in groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        if self.norm_over == "tensor":
-                            norm = p.grad.norm()
-                        e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
-                        e = (e if others is None else others[name_of[p]]).to(p.dtype)
-                        old.append((p, p.clone()))
-                        perturbations.append(e)
-                        p.add_(e)
-                        if self.keeps_stages:
-                            stages[f"g.{name_of[p]}"] = p.grad.clone()
-                            stages[f"eps.{name_of[p]}"] = p - old[-1][1]
-            perturbation_norm = wide_norm(perturbations)
-
-        # Second pass, at w + eps.
-        self._zero_grad()
-        if self.randomness == "same":
-            self._set_generators(generators)
-        with self._drawing(0 if self.randomness == "same" else self.draws) as draws:
-            perturbed_loss = self._loss(batch)
-            self.precision.backward(perturbed_loss, self.model.parameters())
+            w = {p: p.clone() for p in self._with_gradient()}
+            g = {name: p.grad.clone() for name, p in self._named(w) if p.grad is not None}
+        is_perturbed = self.step_count % self.every == 0
+        perturbed_loss = loss
+        steps: list[Tensor] = []
+        if is_perturbed:
+            self.variant.ascend(self._named(w))
+            for number in range(self.ascent_steps):
+                if number > 0:
+                    self._pass(batch, generators)
+                    self._add_decay()
+                steps = self._climb(stages if number == 0 else {})
+            # Last pass, at w + eps.
+            perturbed_loss = self._pass(batch, generators)
         with torch.no_grad():
-            for p, value in old:
+            eps = {name: p - w[p] for name, p in self._named(w)}
+            # What was added: of one step more exactly than what came of it.
+            perturbation_norm = wide_norm(steps if len(steps) else list(eps.values()))
+            for p, value in w.items():
                 p.copy_(value)
             self.without_gradient = self._without_gradient()
-            if self.keeps_stages:
-                stages |= {
-                    f"g_adv.{name_of[p]}": p.grad.clone() for p, _ in old if p.grad is not None
-                }
+            adversarial = {f"g_adv.{name}": p.grad.clone() for name, p in self._named(w)
+                           if p.grad is not None} if self.keeps_stages else {}  # fmt: skip
+            if is_perturbed:
+                self.variant.descend(self._named(w), g)
+            else:
+                self.variant.between(self._named(w))
             perturbed_grad_norm = self._grad_norm()
             scalars = (loss, perturbed_loss, grad_norm, perturbed_grad_norm)
             finite = all(bool(torch.isfinite(value)) for value in scalars) and not overflows
-            self.stages = stages if finite else {}
+            stages |= {f"eps.{name}": value for name, value in eps.items()}
+            keeps = self.keeps_stages and finite and is_perturbed
+            self.stages = {**stages, **adversarial} if keeps else {}
             if not finite and self.on_nonfinite != "ignore":
                 self._put_back(buffers, buffers_at_start)
+                self.variant.kept = kept_at_start
             else:
                 if self.running_stats == "ascent":
                     self._put_back(buffers, buffers_after_ascent)
-                clip(groups, self.clip_norm, self.clip_value)
+                clip(self.optimizer.param_groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
         self._zero_grad()
         scaled = self.precision.results()
@@ -267,26 +262,69 @@ class Oracle:
             "finite": finite,
         }
 
+    def _pass(self, batch: Batch, again: Any = None) -> Tensor:
+        """Loss and gradient where the weights stand.
+
+        Args:
+            batch: The batch.
+            again: In a later pass, where torch's generators stood before the first one.
+        """
+        self._zero_grad()
+        first = 0 if again is None or self.randomness == "same" else self._drawn
+        if again is not None and self.randomness == "same":
+            set_generator_states(again)
+        with self._drawing(first) as draws:
+            loss = self._loss(batch)
+            self.precision.backward(loss, self.model.parameters())
+        self._drawn = draws.next
+        return loss
+
+    @torch.no_grad()
+    def _add_decay(self) -> None:
+        """The weight decay's part of the gradients, if it is ascended, too."""
+        for group in self.optimizer.param_groups if self.decay_in_ascent else ():
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
+
+    @torch.no_grad()
+    def _climb(self, stages: dict[str, Tensor]) -> list[Tensor]:
+        """Moves the weights by ``eps`` of the gradients that are there, or by one step of it.
+
+        Returns:
+            What was added; nothing where it is only a step of the way.
+        """
+        groups = self.optimizer.param_groups
+        held = [(p, g[self.radius]) for g in groups for p in g["params"] if p.grad is not None]
+        names = {p: name for name, p in self.model.named_parameters()}
+        others = other_perturbation(
+            self.model, groups, self.radius, self.perturbation, self.adaptive, self.ascent_steps
+        )
+        radii = [radius for _, radius in held]
+        steps = []
+        norm = self._grad_norm(radii if self.norm_over == "perturbed" else None)
+        for p, radius in held:
+            assert p.grad is not None
+            if self.norm_over == "tensor":
+                norm = p.grad.norm()
+            e = radius / self.ascent_steps * p.grad / (norm.to(p.device) + 1e-12)
+            e = (e if others is None else others[names[p]]).to(p.dtype)
+            p.add_(e)
+            steps.append(e)
+            if self.keeps_stages:
+                stages[f"g.{names[p]}"] = p.grad.clone()
+        return steps if self.ascent_steps == 1 else []
+
+    def _with_gradient(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.grad is not None]
+
+    def _named(self, parameters: Collection[Tensor]) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p in parameters]
+
     def _loss(self, batch: Batch) -> Tensor:
         with self.precision.casting(self.device):
-            return self._loss_as_it_is(batch)
-
-    def _loss_as_it_is(self, batch: Batch) -> Tensor:
-        if isinstance(batch, Mapping):
-            parameters = inspect.signature(self.model.forward).parameters
-            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-            count = len(batch) - (self.num_targets if self.loss_fn is not None else 0)
-            inputs = (
-                list(batch)[:count] if takes_any else [key for key in batch if key in parameters]
-            )
-            output = self.model(**{key: batch[key] for key in inputs})
-            targets = [value for key, value in batch.items() if key not in inputs]
-        else:
-            count = len(batch) - (self.num_targets if self.loss_fn is not None else 0)
-            output = self.model(*batch[:count])
-            targets = list(batch[count:])
-        loss: Tensor = output if self.loss_fn is None else self.loss_fn(output, *targets)
-        return loss
+            return loss_of(self.model, self.loss_fn, self.num_targets, batch)
 
     @property
     def clips(self) -> bool:
@@ -332,7 +370,10 @@ class Oracle:
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         state = {name: host_copy(value) for name, value in named.items()}
         if self.is_counting:
-            state |= {"rng.seed": np.array(self.seed), "counter.step": np.array(self.step_count)}
+            state["rng.seed"] = np.array(self.seed)
+        if self.is_counting or self.every > 1:
+            state["counter.step"] = np.array(self.step_count)
+        state |= self.variant.snapshot()
         state |= self.precision.snapshot()
         state |= {f"stage.{name}": host_copy(value) for name, value in self.stages.items()}
         return state | self._slots.snapshot(self.model, self.optimizer)
@@ -344,7 +385,10 @@ class Oracle:
         for name, tensor in named.items():
             tensor.copy_(torch.tensor(state[name]))
         if self.is_counting:
-            self.seed, self.step_count = int(state["rng.seed"]), int(state["counter.step"])
+            self.seed = int(state["rng.seed"])
+        if self.is_counting or self.every > 1:
+            self.step_count = int(state["counter.step"])
+        self.variant.load(state, self.device, self.is_double)
         self.precision.load(state)
         self._slots.load(self.model, self.optimizer, state, self.is_double)
 
@@ -367,32 +411,4 @@ class Oracle:
     def tensors(self, batch: Batch) -> Batch:
         """The batch on the model's device and, for the judge, in float64."""
 
-        def moved(value: Any) -> Tensor:
-            tensor = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
-            tensor = tensor.detach().to(self.device)
-            return tensor.double() if self.is_double and tensor.is_floating_point() else tensor
-
-        if isinstance(batch, Mapping):
-            return {key: moved(value) for key, value in batch.items()}
-        return [moved(value) for value in batch]
-
-    @contextmanager
-    def _default_dtype(self) -> Iterator[None]:
-        # Constants made in forward, and slots such as NAdam's mu_product, take the default dtype.
-        before = torch.get_default_dtype()
-        if self.is_double:
-            torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-    def _generators(self) -> tuple[Tensor, list[Tensor]]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return torch.get_rng_state(), cuda
-
-    @staticmethod
-    def _set_generators(states: tuple[Tensor, list[Tensor]]) -> None:
-        torch.set_rng_state(states[0])
-        if states[1]:
-            torch.cuda.set_rng_state_all(states[1])
+        return moved(batch, self.device, self.is_double)

@@ -22,7 +22,8 @@ from sam_export.parity.disturb import (
     permuted,
 )
 from sam_export.parity.one_by_one import OneByOne
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.tolerances import Tolerances
 
 _FIRST_DISTURBED = 2

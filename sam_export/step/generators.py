@@ -21,9 +21,9 @@ class Generators:
         for device, state in zip(self._devices, self._states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
 
-    def rewind_for_descent(self, stage: str) -> None:
-        """Puts them back before the descent pass."""
-        if stage == "descent":
+    def rewind_for_pass(self, stage: str) -> None:
+        """Puts them back before each pass."""
+        if stage in ("ascent", "descent"):
             self.rewind()
 
     def have_moved(self) -> bool:
