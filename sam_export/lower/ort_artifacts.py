@@ -144,6 +144,11 @@ def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
 
 def _refuse(captured: CapturedStep) -> None:
     refuse(captured)
+    if captured.contract.every > 1:
+        raise LoweringError(
+            "The stock training API has one training model, and periodic SAM (every="
+            f"{captured.contract.every}) two kinds of steps. Use the target 'onnx-training'."
+        )
     others = [
         f"{item.name} ({item.dtype})"
         for item in captured.contract.state

@@ -19,8 +19,10 @@ from sam_export.parity.disturb import examples
 from sam_export.parity.failures import chosen as chosen_differences
 from sam_export.parity.laws import Law, laws_of_eager, laws_of_target
 from sam_export.parity.ledger import ledger, versions
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.oracle_precision import OraclePrecision
+from sam_export.parity.oracle_variants import OracleVariant
 from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.reference import Reference, ReferenceResult, compare_reference
 from sam_export.parity.report import ParityReport, TargetReport
@@ -306,7 +308,20 @@ def _oracle(step: TrainStep) -> Oracle:
         ),
         micro_batches=semantics.micro_batches,
         perturbation_per=semantics.perturbation_per,
+        variant=_oracle_variant(step),
+        every=step.optimizer.every,
+        ascent_steps=step.optimizer.ascent_steps,
     )
+
+
+def _oracle_variant(step: TrainStep) -> OracleVariant:
+    """The variant by name and numbers, with what it has kept so far."""
+    variant = step.optimizer.variant
+    made = OracleVariant(type(variant).__name__, **vars(variant))
+    for name, parameter in step.model.named_parameters():
+        for key, value in step.optimizer.memory.get(parameter, {}).items():
+            made.kept.setdefault(key, {})[name] = value.detach().clone()
+    return made
 
 
 def capture_example(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.tolerances import Tolerances
 
 SMALLEST = 3
@@ -50,6 +50,11 @@ def examples(batch: Batch) -> int:
     """Size of the first dimension of the first tensor that has one."""
     values = batch.values() if isinstance(batch, Mapping) else batch
     return next((len(value) for value in values if len(value.shape)), 1)
+
+
+def can_permute(batch: Batch, parts: int) -> bool:
+    """Whether each part of a batch has enough examples for their order to matter."""
+    return examples(batch) >= SMALLEST * parts
 
 
 def permuted(batch: Batch, rng: np.random.Generator, parts: int = 1) -> Batch:

@@ -18,7 +18,8 @@ import torch
 
 from sam_export.parity.compare import Sample, metric_sample
 from sam_export.parity.disturb import examples, map_batch, permuted
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.rollout import Run, compared_from
 from sam_export.parity.tolerances import Tolerances
@@ -106,6 +107,8 @@ def _radius(run: Run, panel: Panel, tol: Tolerances) -> Law:
     """The perturbation has the norm rho."""
     if panel.judge.perturbation is not None or panel.judge.adaptive is not None:
         return _not_applicable("the perturbation is another one than SAM's")
+    if panel.judge.ascent_steps > 1:
+        return _not_applicable("several ascent steps do not go straight")
     radii = set(panel.rho)
     if len(radii) > 1:
         return _not_applicable("groups have different rho")

@@ -50,9 +50,9 @@ class Rounds:
         for name, value in scalars.items():
             self.scalars.setdefault(name, []).append(value.detach())
 
-    def mean(self, name: str) -> Tensor:
-        """The mean of a scalar over the rounds."""
-        return torch.stack(self.scalars[name]).mean()
+    def means(self) -> dict[str, Tensor]:
+        """The mean of each scalar over the rounds."""
+        return {name: torch.stack(values).mean() for name, values in self.scalars.items()}
 
     def add_stages(self, stages: Mapping[str, Tensor]) -> None:
         """Adds this round's share of a mean."""

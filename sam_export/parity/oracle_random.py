@@ -218,16 +218,3 @@ class OracleDraws(TorchDispatchMode):
 
     def _randperm(self, given: dict[str, Any], size: Sequence[int]) -> NDArray[Any]:
         return np.argsort(self._bits(size), kind="stable")
-
-
-def generator_states() -> tuple[Tensor, list[Tensor]]:
-    """Where torch's own generators stand, on the CPU and on every CUDA device."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return torch.get_rng_state(), cuda
-
-
-def set_generators(states: tuple[Tensor, list[Tensor]]) -> None:
-    """Puts them back to where they stood."""
-    torch.set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])

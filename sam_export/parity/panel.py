@@ -12,9 +12,8 @@ import torch
 from sam_export.errors import ParityError
 from sam_export.parity.compare import State
 from sam_export.parity.disturb import (
-    SMALLEST,
     about_casts,
-    examples,
+    can_permute,
     jittered,
     jittered_input,
     map_batch,
@@ -22,7 +21,9 @@ from sam_export.parity.disturb import (
     permuted,
 )
 from sam_export.parity.one_by_one import OneByOne
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
+from sam_export.parity.oracle_surroundings import flat_generator_states
 from sam_export.parity.tolerances import Tolerances
 
 _FIRST_DISTURBED = 2
@@ -333,10 +334,10 @@ class Panel:
 
     def _draws_random_numbers(self, oracle: Oracle) -> bool:
         self.seed_generators(0)
-        before = _generator_states()
+        before = flat_generator_states()
         oracle.step(self.batches[0])
-        moved = any(not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True))
-        return moved or oracle.draws > 0
+        pairs = zip(before, flat_generator_states(), strict=True)
+        return any(not torch.equal(a, b) for a, b in pairs) or oracle.draws > 0
 
     def _make_judge(self, others: bool, quiet: bool = False) -> Oracle:
         reason = "the model draws random numbers, which are others in float64" if others else ""
@@ -362,7 +363,7 @@ class Panel:
 
     def _order_is_neutral(self) -> bool:
         """Whether permuting the examples changes the loss by rounding only."""
-        batch = next((b for b in self.batches if self._can_permute(b)), None)
+        batch = next((b for b in self.batches if can_permute(b, self.parts)), None)
         if batch is None:
             return False
         losses = []
@@ -374,10 +375,6 @@ class Panel:
         # and far below what exchanging examples does to a loss that depends on their order.
         eps = np.finfo("float64" if self.judge.is_double else self.dtype).eps
         return not abs(losses[0] - losses[1]) > 1e4 * float(eps) * abs(losses[0])
-
-    def _can_permute(self, batch: Batch) -> bool:
-        """Whether a part has enough examples for their order to matter."""
-        return examples(batch) >= SMALLEST * self.parts
 
     def _disturbed_state(self, state: State, variant: int, step: int) -> State:
         if variant < _FIRST_DISTURBED or not self._jitters:
@@ -392,15 +389,10 @@ class Panel:
         if variant < _FIRST_DISTURBED:
             return batch
         rng = np.random.default_rng([self.seed, 2, variant, step])
-        permutes = self._permutes and self._can_permute(batch)
+        permutes = self._permutes and can_permute(batch, self.parts)
         if permutes:
             batch = permuted(batch, rng, self.parts)
         if permutes and not self._jitters:
             return batch
         move = self._jitter
         return map_batch(batch, lambda value: jittered_input(value, move, rng, self.dtype))
-
-
-def _generator_states() -> list[torch.Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]

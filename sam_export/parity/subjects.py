@@ -15,7 +15,7 @@ from sam_export.artifact.folder import Artifact, open_artifact
 from sam_export.artifact.state_file import differences, shapes_of
 from sam_export.parity.artifacts import artifact_for
 from sam_export.parity.child import ChildSession
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.rollout import Run
 from sam_export.step.hyper import baked_of
 from sam_export.step.train_step import TrainStep

@@ -32,7 +32,7 @@ class Draws(TorchDispatchMode):
     Args:
         seed: int64 scalar.
         step: int64 scalar: number of the step.
-        same: Whether the descent pass sees the draws of the ascent pass.
+        same: Whether later passes see the draws of the first one.
         first_stream: Added to every stream.
 
     Raises:
@@ -55,7 +55,7 @@ class Draws(TorchDispatchMode):
         return len(self._drawn)
 
     def at(self, stage: str) -> None:
-        """Told the name of a stage before it begins: the descent pass may draw the same again.
+        """Told the name of a stage before it begins: each pass may draw the same again.
 
         A ``part`` of the batch with passes of its own goes on with numbers that are not drawn yet.
         """
@@ -63,7 +63,7 @@ class Draws(TorchDispatchMode):
             self._forget()
             self._first = self.count
             torch.default_generator.manual_seed(_START + self._first)
-        if stage == "descent" and self._same:
+        if stage in ("ascent", "descent") and self._same:
             torch.default_generator.manual_seed(_START + self._first)
 
     def draw(self, what: str, size: Sequence[int], make: Callable[[DrawSource], Tensor]) -> Tensor:

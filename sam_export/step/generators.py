@@ -19,11 +19,11 @@ class Generators:
         """Puts them back to where they stood."""
         self._put_back(self._states)
 
-    def at(self, stage: str) -> None:
-        """Puts them back before a descent pass, to where its ascent pass began."""
+    def rewind_for_pass(self, stage: str) -> None:
+        """Puts them back before each pass, to where the first one of a part of the batch began."""
         if stage == "part":
             self._of_part = self._now()
-        if stage == "descent":
+        if stage in ("ascent", "descent"):
             self._put_back(self._of_part)
 
     def have_moved(self) -> bool:

@@ -59,13 +59,19 @@ def check_micro_batches(semantics: Semantics, optimizer: SAM) -> None:
 
     Raises:
         StepConfigError: The variant keeps one tensor per parameter from step to step, and there
-            would be one for each part.
+            would be one for each part; or draws of torch's generator cannot be paired.
     """
     if semantics.perturbs_each_part and optimizer.variant.keys:
         raise StepConfigError(
             f"{optimizer.variant.name} remembers one {' and one '.join(optimizer.variant.keys)} "
             "of each parameter from step to step; with perturbation_per='micro_batch' each part of "
             "a batch would have another one. Use perturbation_per='batch'."
+        )
+    is_torchs = (semantics.generator, semantics.randomness) == ("torch", "same")
+    if semantics.perturbs_each_part and optimizer.ascent_steps > 1 and is_torchs:
+        raise StepConfigError(
+            "Several ascent steps of each part of a batch cannot be given the same draws of "
+            "torch's own generator in a graph. Use generator='philox', or randomness='fresh'."
         )
 
 

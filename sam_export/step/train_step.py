@@ -256,7 +256,7 @@ class TrainStep(nn.Module):
             passes: Passes | None = None
             if self.semantics.generator == "torch":
                 again = self.semantics.randomness == "same"
-                passes = run(generators.at if again else lambda stage: None)
+                passes = run(generators.rewind_for_pass if again else lambda stage: None)
             elif self._draws_nothing:
                 # Without `Draws`, which costs a call to Python for every operator.
                 passes = run(lambda stage: None)

@@ -349,7 +349,7 @@ class _Capture:
         graph_module, symbols = traced(flat, arguments, marks, multiples)
         semantics = self.step.semantics
         trains = name in TRAINING
-        if trains and (semantics.generator, semantics.randomness) == ("torch", "same"):
+        if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
             share_draws(graph_module)
         share_dropout_factors(graph_module)
         refuse_mutation(graph_module.graph)

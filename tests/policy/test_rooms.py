@@ -38,9 +38,13 @@ EXEMPT = (
 
 ORACLE = (
     "parity/oracle.py",
+    "parity/oracle_batch.py",
+    "parity/oracle_parts.py",
     "parity/oracle_precision.py",
     "parity/oracle_random.py",
     "parity/oracle_slots.py",
+    "parity/oracle_state.py",
+    "parity/oracle_surroundings.py",
     "parity/oracle_variants.py",
 )
 """Files that share no code with the rest; the first one uses the second."""
