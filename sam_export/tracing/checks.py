@@ -9,6 +9,7 @@ from torch import fx
 
 from sam_export._compat.origins import stage_of
 from sam_export.artifact.contract import StepContract
+from sam_export.artifact.semantics import Semantics
 from sam_export.errors import CaptureError
 
 
@@ -31,7 +32,11 @@ def refuse_mutation(graph: fx.Graph) -> None:
 
 
 def refuse_wrong_flow(
-    graph: fx.Graph, inputs: Sequence[str], outputs: Sequence[str], contract: StepContract
+    graph: fx.Graph,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    contract: StepContract,
+    semantics: Semantics,
 ) -> None:
     """The graph holds two passes: what depends on what is as one SAM step has it.
 
@@ -68,7 +73,9 @@ def refuse_wrong_flow(
         if not depends[name] & sources:
             raise CaptureError(f"Output {name!r} of the captured step does not depend on {what}.")
 
-    if depends["loss"] & (bit["hyper.rho"] | bit["hyper.lr"]):
+    # Buffers that a part's second pass has updated go into the first pass of the next part.
+    mixed = semantics.perturbs_each_part and semantics.running_stats == "both"
+    if not mixed and depends["loss"] & (bit["hyper.rho"] | bit["hyper.lr"]):
         raise CaptureError("The loss of the captured step depends on a hyper-parameter.")
     need("loss", batch, "the batch")
     need("perturbed_loss", bit["hyper.rho"], "rho")
