@@ -73,9 +73,8 @@ def refuse_wrong_flow(
         if not depends[name] & sources:
             raise CaptureError(f"Output {name!r} of the captured step does not depend on {what}.")
 
-    # Buffers that a part's second pass has updated go into the first pass of the next part.
-    mixed = semantics.perturbs_each_part and semantics.running_stats == "both"
-    if not mixed and depends["loss"] & (bit["hyper.rho"] | bit["hyper.lr"]):
+    # Each part's first pass waits for the second pass of the part before.
+    if not semantics.perturbs_each_part and depends["loss"] & (bit["hyper.rho"] | bit["hyper.lr"]):
         raise CaptureError("The loss of the captured step depends on a hyper-parameter.")
     need("loss", batch, "the batch")
     need("perturbed_loss", bit["hyper.rho"], "rho")
