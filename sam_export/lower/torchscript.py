@@ -79,7 +79,8 @@ def _constants(module: fx.GraphModule) -> Mapping[str, Tensor]:
 
 
 def _refuse_name(name: str, role: str, contract: StepContract) -> None:
-    taken = {*method_names(contract), "slot", "hyper", "rng", "counter", CONSTANTS, STEP_COUNT}
+    own = ("slot", "memory", "average", "hyper", "rng", "counter", "scaler")
+    taken = {*method_names(contract), *own, CONSTANTS, STEP_COUNT}
     first = name.partition(".")[0]
     for part in name.split("."):
         odd = not part.isascii() or not part.isprintable() or set(part) & set('"\\')

@@ -34,6 +34,9 @@ CONSTANTS = "constants"
 STEP_COUNT = "step_count"
 """Attribute that counts the steps, skipped ones included; one that raised is none."""
 
+OUTPUTS = ("evaluate", "evaluate_average")
+"""Programs that return what the model does."""
+
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 
 
@@ -221,7 +224,7 @@ def _checked(contract: StepContract, semantics: Semantics, spec: ProgramSpec) ->
         if semantics.on_nonfinite == "raise":
             body += _refuse_nonfinite(outputs)
         body.append(_dict([output.name for output in outputs]))
-    elif len(outputs) == 1 and (contract.output_tree == "tensor" or spec.name != "evaluate"):
+    elif len(outputs) == 1 and (contract.output_tree == "tensor" or spec.name not in OUTPUTS):
         returns = "Tensor"
         body.append(f"return {call}[0]")
     else:

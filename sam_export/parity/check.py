@@ -19,10 +19,7 @@ from sam_export.parity.disturb import examples
 from sam_export.parity.failures import chosen as chosen_differences
 from sam_export.parity.laws import Law, laws_of_eager, laws_of_target
 from sam_export.parity.ledger import ledger, versions
-from sam_export.parity.oracle import Oracle
 from sam_export.parity.oracle_batch import Batch
-from sam_export.parity.oracle_precision import OraclePrecision
-from sam_export.parity.oracle_variants import OracleVariant
 from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.reference import Reference, ReferenceResult, compare_reference
 from sam_export.parity.report import ParityReport, TargetReport
@@ -35,11 +32,11 @@ from sam_export.parity.rollout import (
     run_locked,
 )
 from sam_export.parity.series import TensorSeries, series_of
+from sam_export.parity.step_oracle import oracle_of
 from sam_export.parity.subjects import built, existing, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
 from sam_export.step.train_step import TrainStep
-from sam_export.step.variants.asam import ASAM
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
 
@@ -130,7 +127,7 @@ def check_parity(
     eager: tuple[Law, ...] = ()
     compared: ReferenceResult | None = None
     with _own_generators():
-        panel = Panel(lambda: _oracle(step), batches, seed, tol)
+        panel = Panel(lambda: oracle_of(step), batches, seed, tol)
         tell = progress or (lambda phase, at, total: None)
         check = _Check(panel, num_steps, tol, tell, done, facts)
         try:
@@ -155,7 +152,7 @@ def check_parity(
                     check.tell(f"build {target}", 1, 1)
                     check.drive(run, reset=False)
             if staged:
-                more = Panel(lambda: _oracle(step), batches, seed, tol, stages=True)
+                more = Panel(lambda: oracle_of(step), batches, seed, tol, stages=True)
                 inner = replace(check, panel=more, num_steps=min(num_steps, STAGED_STEPS))
                 captured = capture_example(step, batches[0], dynamic, stages=True)
                 for target, name in zip(chosen, staged, strict=True):
@@ -279,47 +276,6 @@ def _check_request(
             raise ParityError(
                 f"Batch {index} is a {type(batch).__name__}; expected a tuple or a dict of tensors."
             )
-
-
-def _oracle(step: TrainStep) -> Oracle:
-    semantics, other = step.semantics, step.optimizer.perturbation
-    return Oracle(
-        step.model,
-        step.loss_fn,
-        step.optimizer.base_optimizer,
-        num_targets=step.num_targets,
-        running_stats=semantics.running_stats,
-        randomness=semantics.randomness,
-        generator=semantics.generator,
-        seed=step.seed,
-        step_count=step.step_count,
-        on_nonfinite=semantics.on_nonfinite,
-        decay_in_ascent=semantics.decay_in_ascent,
-        norm_over=semantics.norm_over,
-        adaptive=other.eta if isinstance(other, ASAM) else None,
-        perturbation=None if isinstance(other, ASAM) else other,
-        clip_norm=semantics.clip_norm,
-        clip_value=semantics.clip_value,
-        precision=OraclePrecision(
-            step.autocast,
-            None if step.loss_scaling is None else step.loss_scaling.to_dict(),
-            step.loss_scale or 1.0,
-            step.growth_tracker,
-        ),
-        variant=_oracle_variant(step),
-        every=step.optimizer.every,
-        ascent_steps=step.optimizer.ascent_steps,
-    )
-
-
-def _oracle_variant(step: TrainStep) -> OracleVariant:
-    """The variant by name and numbers, with what it has kept so far."""
-    variant = step.optimizer.variant
-    made = OracleVariant(type(variant).__name__, **vars(variant))
-    for name, parameter in step.model.named_parameters():
-        for key, value in step.optimizer.memory.get(parameter, {}).items():
-            made.kept.setdefault(key, {})[name] = value.detach().clone()
-    return made
 
 
 def capture_example(

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sam_export.parity.oracle_average import OracleAverage
 from sam_export.parity.oracle_batch import Batch, loss_of, moved
 from sam_export.parity.oracle_precision import OraclePrecision, wide_norm
 from sam_export.parity.oracle_random import OracleDraws
@@ -66,6 +67,7 @@ class Oracle:
         precision: Autocast and loss scaling; None: neither.
         variant: GSAM, Friendly SAM or LookSAM; None: SAM itself.
         every: Only a step whose number is divisible by it is one of SAM.
+        average: Of the weights, over the steps; None: there is none.
         ascent_steps: How many steps lead to ``w + eps``, each of length ``rho / ascent_steps``.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
@@ -95,6 +97,7 @@ class Oracle:
         variant: OracleVariant | None = None,
         every: int = 1,
         ascent_steps: int = 1,
+        average: OracleAverage | None = None,
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         memo: dict[int, Any] = {}
@@ -123,6 +126,7 @@ class Oracle:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.precision = precision or OraclePrecision()
         self.variant = variant or OracleVariant()
+        self.average = average or OracleAverage()
         self.every, self.ascent_steps = every, ascent_steps
         self._drawn = 0
         self.keeps_stages = False
@@ -142,6 +146,7 @@ class Oracle:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     entries[key] = value.double()
         self.variant.double()
+        self.average.double()
         self.is_double = self.precision.is_exact = True
         return self
 
@@ -164,35 +169,6 @@ class Oracle:
         self.step_count += int(bool(result["finite"]) or self.on_nonfinite != "raise")
         return result
 
-    def base_step(self, batch: Batch) -> None:
-        """One step of the base optimizer alone: one pass, no perturbation."""
-        with torch.enable_grad(), default_dtype(self.is_double):
-            self._zero_grad()
-            with self._drawing(0):
-                self._loss(self.tensors(batch)).backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self._zero_grad()
-
-    def loss_and_gradient(self, batch: Batch) -> tuple[float, dict[str, NDArray[Any]]]:
-        """Loss and gradient at the current weights, by name; buffers are put back."""
-        buffers = list(self.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        with torch.enable_grad(), default_dtype(self.is_double):
-            self._zero_grad()
-            with self._drawing(0):
-                loss = self._loss(self.tensors(batch))
-                loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self._put_back(buffers, before)
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        gradient = {
-            name: host_copy(p.grad)
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and id(p) in held
-        }
-        self._zero_grad()
-        return float(loss.detach()), gradient
-
     def _step(self, batch: Batch, overflows: bool) -> dict[str, float | bool]:
         buffers = list(self.model.buffers())
         buffers_at_start = [buffer.clone() for buffer in buffers]
@@ -201,7 +177,7 @@ class Oracle:
         stages: dict[str, Tensor] = {}
 
         # First pass, at w.
-        loss = self._pass(batch)
+        loss = self.gradient(batch)
         self.draws = self._drawn
         buffers_after_ascent = [buffer.clone() for buffer in buffers]
         with torch.no_grad():
@@ -216,11 +192,11 @@ class Oracle:
             self.variant.ascend(self._named(w))
             for number in range(self.ascent_steps):
                 if number > 0:
-                    self._pass(batch, generators)
+                    self.gradient(batch, generators)
                     self._add_decay()
                 steps = self._climb(stages if number == 0 else {})
             # Last pass, at w + eps.
-            perturbed_loss = self._pass(batch, generators)
+            perturbed_loss = self.gradient(batch, generators)
         with torch.no_grad():
             eps = {name: p - w[p] for name, p in self._named(w)}
             # What was added: of one step more exactly than what came of it.
@@ -248,7 +224,8 @@ class Oracle:
                     self._put_back(buffers, buffers_after_ascent)
                 clip(self.optimizer.param_groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
-        self._zero_grad()
+                self.average.take(self.model)
+        self.zero_grad()
         scaled = self.precision.results()
         self.precision.update(finite)
         clipping = {"perturbed_grad_norm": float(perturbed_grad_norm)} if self.clips else {}
@@ -262,18 +239,18 @@ class Oracle:
             "finite": finite,
         }
 
-    def _pass(self, batch: Batch, again: Any = None) -> Tensor:
-        """Loss and gradient where the weights stand.
+    def gradient(self, batch: Batch, again: Any = None) -> Tensor:
+        """Loss where the weights stand; puts its gradient into them, and changes the buffers.
 
         Args:
-            batch: The batch.
+            batch: As `tensors` makes it.
             again: In a later pass, where torch's generators stood before the first one.
         """
-        self._zero_grad()
+        self.zero_grad()
         first = 0 if again is None or self.randomness == "same" else self._drawn
         if again is not None and self.randomness == "same":
             set_generator_states(again)
-        with self._drawing(first) as draws:
+        with torch.enable_grad(), default_dtype(self.is_double), self._drawing(first) as draws:
             loss = self._loss(batch)
             self.precision.backward(loss, self.model.parameters())
         self._drawn = draws.next
@@ -345,7 +322,8 @@ class Oracle:
         named = self.model.named_parameters()
         return {name for name, p in named if p.grad is None or id(p) not in held}
 
-    def _zero_grad(self) -> None:
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)  # parameters that the optimizer does not hold
 
@@ -373,7 +351,7 @@ class Oracle:
             state["rng.seed"] = np.array(self.seed)
         if self.is_counting or self.every > 1:
             state["counter.step"] = np.array(self.step_count)
-        state |= self.variant.snapshot()
+        state |= self.variant.snapshot() | self.average.snapshot()
         state |= self.precision.snapshot()
         state |= {f"stage.{name}": host_copy(value) for name, value in self.stages.items()}
         return state | self._slots.snapshot(self.model, self.optimizer)
@@ -389,6 +367,7 @@ class Oracle:
         if self.is_counting or self.every > 1:
             self.step_count = int(state["counter.step"])
         self.variant.load(state, self.device, self.is_double)
+        self.average.load(state, self.device, self.is_double)
         self.precision.load(state)
         self._slots.load(self.model, self.optimizer, state, self.is_double)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
 from sam_export.artifact.contract import (
+    AVERAGE,
     CLIPPED_METRIC,
     GROWTH_TRACKER,
     HYPER,
@@ -160,11 +161,12 @@ class Session:
         self._number += 1
         return result
 
-    def evaluate(self, *inputs: Any) -> Any:
+    def evaluate(self, *inputs: Any, average: bool = False) -> Any:
         """The model's outputs in eval mode at the current weights.
 
         Args:
             *inputs: The batch's inputs without its targets; or one dict.
+            average: At the averaged weights instead, of a step with `EMA`.
 
         Returns:
             NumPy arrays, in the tuples, lists and dicts that the model returns.
@@ -172,21 +174,22 @@ class Session:
         Raises:
             SessionError: The inputs do not fit the contract, or there is no such program.
         """
-        program = self._program("evaluate")
+        program = self._program("evaluate_average" if average else "evaluate")
         results = self._run(program, checked_batch(inputs, self.contract, program), self._hyper)
         leaves = [self._engine.to_numpy(results[name]) for name in _outputs(program)]
         return unflatten(self.contract.output_tree, leaves)
 
-    def evaluate_loss(self, *batch: Any) -> float:
+    def evaluate_loss(self, *batch: Any, average: bool = False) -> float:
         """The loss of a batch in eval mode at the current weights.
 
         Args:
             *batch: Inputs, then targets, as `step` takes them.
+            average: At the averaged weights instead, of a step with `EMA`.
 
         Raises:
             SessionError: The batch does not fit the contract, or there is no such program.
         """
-        program = self._program("evaluate_loss")
+        program = self._program("evaluate_loss_average" if average else "evaluate_loss")
         results = self._run(program, checked_batch(batch, self.contract, program), self._hyper)
         return float(self._engine.to_numpy(results[program.outputs[0].name]))
 
@@ -259,6 +262,8 @@ class Session:
         if step is not None:
             step.step_count = int(state.get(STEP, self._step_count))
             step.seed = int(state.get(SEED, step.seed))
+            for name, average in step.averages.items():
+                average.copy_(torch.tensor(state[AVERAGE + name]))
             if SCALE in state:
                 step.loss_scale = float(state[SCALE])
                 step.growth_tracker = int(state[GROWTH_TRACKER])
@@ -301,6 +306,7 @@ class Session:
         if step is not None:
             numbers = {SEED: step.seed, STEP: step.step_count}
             state.update({n: np.array(v) for n, v in numbers.items() if n in kept})
+            state |= {AVERAGE + n: host_array(value) for n, value in step.averages.items()}
             if SCALE in kept:
                 state[SCALE] = np.array(step.loss_scale, np.float32)
                 state[GROWTH_TRACKER] = np.array(step.growth_tracker)

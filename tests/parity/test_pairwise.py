@@ -66,6 +66,7 @@ FACTORS: dict[str, list[Any]] = {
     "perturbation": list(PERTURBATIONS),
     "variant": list(VARIANTS),
     "every": [1, 3],
+    "ema": [False, True],
     "ascent_steps": [1, 2],
     "clipping": list(CLIPPING),
     "dtype": ["float32", "float64"],
@@ -91,6 +92,8 @@ IMPOSSIBLE: list[tuple[tuple[str, str], Callable[[Any, Any], bool]]] = [
     # It has one training model.
     (("every", "target"), lambda every, target: every > 1 and target == "ort-artifacts"),
     (("variant", "target"), lambda *two: two == ("LookSAM", "ort-artifacts")),
+    # It evaluates the weights that it trains.
+    (("ema", "target"), lambda ema, target: ema and target == "ort-artifacts"),
     # What LookSAM does otherwise is between the steps of SAM; Friendly SAM has one direction.
     (("variant", "every"), lambda variant, every: variant == "LookSAM" and every == 1),
     (("variant", "ascent_steps"), lambda variant, n: variant == "FriendlySAM" and n > 1),
@@ -160,7 +163,14 @@ def step_of(cell: Any) -> sx.TrainStep:
         on_nonfinite=cell.on_nonfinite,
         **CLIPPING[cell.clipping],
     )
-    return sx.TrainStep(own, nn.CrossEntropyLoss(), sam, semantics=semantics, seed=3)
+    return sx.TrainStep(
+        own,
+        nn.CrossEntropyLoss(),
+        sam,
+        semantics=semantics,
+        seed=3,
+        ema=sx.EMA(0.8) if cell.ema else None,
+    )
 
 
 def check(cell: Any) -> None:
