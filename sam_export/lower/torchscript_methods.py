@@ -72,6 +72,26 @@ def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 
+def inference_source(contract: StepContract, semantics: Semantics, graph: fx.Graph) -> str:
+    """The source of a module that holds parameters and buffers and evaluates: ``forward(*inputs)``.
+
+    Args:
+        contract: Names, dtypes and shapes.
+        semantics: What one step means.
+        graph: Of the program ``evaluate``, which draws no random numbers.
+    """
+    spec = contract.program("evaluate")
+    _, arguments = _arguments(contract, spec)
+    checked = _checked(contract, semantics, spec)
+    returns = checked[0].rpartition(" -> ")[2].removesuffix(":")
+    forward = [
+        _signature("forward", list(arguments.values()), returns),
+        f"    return self.evaluate({', '.join(arguments.values())})",
+    ]
+    parts = [_name_of_dtype(), _unchecked(contract, semantics, spec, graph), checked, forward]
+    return "\n".join("\n".join(part) + "\n" for part in parts)
+
+
 def batch_of(contract: StepContract, spec: ProgramSpec) -> list[TensorSpec]:
     """The batch tensors that a program reads, in order."""
     return [item for item in contract.inputs_of(spec) if item.role in ("input", "target")]

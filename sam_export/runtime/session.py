@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sam_export.artifact.contract import (
     ProgramSpec,
     StepContract,
 )
+from sam_export.artifact.folder import Artifact
 from sam_export.artifact.result import DeviceValue, StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.artifact.state_file import differences, first_few, shapes_of
@@ -33,6 +35,7 @@ from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
 from sam_export.runtime.eager_state import EagerState, host_array, parts_of
 from sam_export.runtime.engine import Engine
+from sam_export.runtime.model_file import check_path, write_model
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +55,7 @@ class Session:
         device: Where they run, as it was asked for (``cpu``, ``cuda:0``).
         initial_state: Every state tensor of the contract by name.
         known_rounding: State tensor to how much of a step's change its runtime is known to be off.
+        artifact: What the session was loaded from, for `export_model`.
 
     Raises:
         SessionError: The initial state does not match the contract.
@@ -66,6 +70,7 @@ class Session:
         device: str,
         initial_state: Mapping[str, NDArray[Any]],
         known_rounding: Mapping[str, float] | None = None,
+        artifact: Artifact | None = None,
     ) -> None:
         self.contract = contract
         self.semantics = semantics
@@ -73,6 +78,7 @@ class Session:
         self.device = device
         self.known_rounding = dict(known_rounding or {})
         self._engine = engine
+        self._artifact = artifact
         self._step_count = 0
         self._set_hyper({spec.name: spec.defaults for spec in contract.hyper})
         self.set_state(initial_state)
@@ -211,6 +217,25 @@ class Session:
         self._bind(checkpoint.state)
         self._set_hyper(checkpoint.hyper)
         self._step_count = checkpoint.step_count
+
+    def export_model(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model's forward in eval mode, current weights inside, to serve it.
+
+        The ONNX targets write an ``.onnx`` file that any ONNX Runtime runs, ``torchscript`` a
+        ``.pt`` for `torch.jit.load`, ``torch-compile`` a ``.pt2`` for `torch.export.load`. Inputs
+        and outputs are those of `evaluate`. The file appears whole or not at all.
+
+        Raises:
+            SessionError: The target has no such form, or not the one that ``path`` ends in; the
+                model draws random numbers in eval mode; or a stock ONNX Runtime cannot load it.
+            ArtifactError: The disk refuses, or the artifact of this session is not there any more.
+        """
+        program = self._program("evaluate")
+        if self._artifact is None:
+            raise SessionError("This session was not loaded from an artifact.")
+        check_path(self.target, Path(path))
+        held = [spec.name for spec in self.contract.state if spec.name in program.inputs]
+        write_model(self._artifact, Path(path), self._engine.read(held))
 
     def load_into(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
