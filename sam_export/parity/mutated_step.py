@@ -20,6 +20,7 @@ from sam_export.parity.faults import SELECTOR, Faults
 from sam_export.parity.mutants import MUTANTS, NUMBERS, ModelName
 from sam_export.step.batch import BatchLayout
 from sam_export.step.draws import Draws
+from sam_export.step.loss_scaling import Scaler
 from sam_export.step.passes import Objective, Passes
 from sam_export.step.sam import SAM
 from sam_export.step.train_step import TrainStep
@@ -55,7 +56,14 @@ class MutatedStep(TrainStep):
     def __init__(self, kind: ModelName, step: TrainStep) -> None:
         assert isinstance(step.optimizer, SAM)
         super().__init__(
-            step.model, step.loss_fn, step.optimizer, step.num_targets, step.semantics, step.seed
+            step.model,
+            step.loss_fn,
+            step.optimizer,
+            step.num_targets,
+            step.semantics,
+            step.seed,
+            step.autocast,
+            step.loss_scaling,
         )
         self._kind = kind
         self._faults: Faults | None = None
@@ -82,6 +90,7 @@ class MutatedStep(TrainStep):
         draws: Draws | None = None,
         stages: dict[str, Tensor] | None = None,
         started: Tensor | None = None,
+        scaler: Scaler | None = None,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """`TrainStep.pure`, with the selected fault."""
         faults = Faults(self._kind, buffers[SELECTOR], values)
@@ -92,7 +101,18 @@ class MutatedStep(TrainStep):
         self._faults = faults
         try:
             passes, updated, new_slots = super().pure(
-                parameters, buffers, given, hyper, layout, values, at, watch, draws, stages, started
+                parameters,
+                buffers,
+                given,
+                hyper,
+                layout,
+                values,
+                at,
+                watch,
+                draws,
+                stages,
+                started,
+                scaler,
             )
         finally:
             self._faults = None
