@@ -33,7 +33,7 @@ from sam_export.artifact.state_file import differences, first_few, shapes_of
 from sam_export.artifact.tree import unflatten
 from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
-from sam_export.runtime.eager_state import EagerState, host_array, parts_of
+from sam_export.runtime.eager_state import EagerState, host_array, parts_of, refuse_other_scaling
 from sam_export.runtime.engine import Engine
 from sam_export.runtime.model_file import check_path, write_model
 
@@ -245,7 +245,8 @@ class Session:
 
         Args:
             model: A model with the parameters and buffers of the contract; or a `TrainStep`, which
-                takes step number and seed, too, and goes on drawing the same random numbers.
+                takes step number, seed and the scale of the loss, too, and goes on drawing the same
+                random numbers.
             optimizer: A `SAM` over it, or the base optimizer alone (which has no ``rho`` to set);
                 None for a `TrainStep`.
 
@@ -255,6 +256,7 @@ class Session:
         import torch
 
         model, optimizer, step = parts_of(model, optimizer)
+        refuse_other_scaling(self.contract, step)
         eager = EagerState(self.contract, model, optimizer)
         state = self.state
         made = {spec.name: eager.new_slot(spec, p) for spec, p, old in eager.slots if old is None}
@@ -302,13 +304,14 @@ class Session:
 
         Args:
             model: A model with the parameters and buffers of the contract; or a `TrainStep`, from
-                which step number and seed are taken, too.
+                which step number, seed and the scale of the loss are taken, too.
             optimizer: A `SAM` over it, or the base optimizer alone; None for a `TrainStep`.
 
         Raises:
             SessionError: A name, shape, dtype, parameter group, slot or hyper-parameter differs.
         """
         model, optimizer, step = parts_of(model, optimizer)
+        refuse_other_scaling(self.contract, step)
         eager = EagerState(self.contract, model, optimizer)
         hyper = {spec.name: list(self._hyper[spec.name]) for spec in self.contract.hyper}
         for name, index, group, key in eager.settings:
