@@ -12,7 +12,7 @@ value of a state tensor is ``next.<name>``; the model's outputs are ``output``, 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from sam_export.artifact.loss_scaling import LossScaling
@@ -154,6 +154,8 @@ class StepContract:
         batch: Inputs and targets in the order in which a batch holds them.
         batch_kind: Whether a batch is a tuple (by position) or a dict (by name).
         dims: Symbolic size to the smallest value it may take.
+        multiples: Symbolic size to a number that divides it in programs that train: the batch's, in
+            a step with several parts (`Semantics.micro_batches`).
         programs: The graphs, ``step`` first.
         output_tree: Structure of the model's output (see `artifact.tree`).
         groups: Names of the parameters of each optimizer parameter group.
@@ -186,6 +188,7 @@ class StepContract:
     ema: str | None = None
     autocast: str | None = None
     loss_scaling: LossScaling | None = None
+    multiples: dict[str, int] = field(default_factory=dict)
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `ArtifactError` when there is none."""
@@ -251,6 +254,7 @@ class StepContract:
                 ema=values["ema"],
                 autocast=values["autocast"],
                 loss_scaling=None if scaling is None else LossScaling(**scaling),
+                multiples=dict(values["multiples"]),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error

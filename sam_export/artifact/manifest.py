@@ -220,6 +220,11 @@ def _check_tensors(contract: StepContract) -> None:
 def _check_numbers(contract: StepContract) -> None:
     _require(contract.batch_kind in ("tuple", "dict"), f"batch_kind {contract.batch_kind!r}")
     _require(all(_is_count(least) for least in contract.dims.values()), f"dims {contract.dims}")
+    for name, count in contract.multiples.items():
+        _require(
+            _is_count(count) and count > 1 and contract.dims.get(name, 1) % count == 0,
+            f"multiples {contract.multiples} with dims {contract.dims}",
+        )
     for hyper in contract.hyper:
         _require(
             len(hyper.defaults) == len(contract.groups) and all(map(math.isfinite, hyper.defaults)),

@@ -312,6 +312,10 @@ def _batch_checks(
                 least = least if spec.name in TRAINING else min(least, 1)
                 text = f"{size} is {{}} in batch tensor {item.name!r}; it must be at least {least}"
                 wrong_size = f"{where[size]} < {least}"
+                count = contract.multiples.get(size, 1)
+                if spec.name in TRAINING and count > 1:
+                    text += f", and a multiple of {count}"
+                    wrong_size += f" or {where[size]} % {count} != 0"
                 shown = where[size]
             else:
                 text = f"{size} is {{}} in batch tensor {item.name!r}, but {{}} in another"

@@ -120,7 +120,7 @@ def check_parity(
     _check_request(batches, num_steps, chosen, names)
     tol = tolerances or Tolerances()
     if dynamic == "batch":
-        batches = with_unseen_size(batches, num_steps)
+        batches = with_unseen_size(batches, num_steps, step.semantics.micro_batches)
     done: dict[str, TargetReport] = {}
     facts: dict[str, dict[str, Any]] = {}
     interrupted = False

@@ -163,7 +163,9 @@ def _permuted(run: Run, panel: Panel, tol: Tolerances) -> Law:
     batch = panel.batch(0)
     if examples(batch) < 2:
         return _not_applicable("one example has no order")
-    return _same_metrics(run, panel, tol, batch, permuted(batch, np.random.default_rng(panel.seed)))
+    return _same_metrics(
+        run, panel, tol, batch, permuted(batch, np.random.default_rng(panel.seed), panel.parts)
+    )
 
 
 def _not_finite(run: Run, panel: Panel, tol: Tolerances) -> Law:

@@ -19,7 +19,8 @@ from sam_export.artifact.contract import NEXT, STEP
 from sam_export.parity.faults import SELECTOR, Faults
 from sam_export.parity.mutants import MUTANTS, NUMBERS, ModelName
 from sam_export.step.batch import BatchLayout
-from sam_export.step.passes import Objective, Passes
+from sam_export.step.gradient import Objective
+from sam_export.step.passes import Passes
 from sam_export.step.sam import SAM
 from sam_export.step.train_step import TrainStep
 from sam_export.step.update import Slots, apply_update

@@ -12,16 +12,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sam_export.parity.oracle_average import OracleAverage
-from sam_export.parity.oracle_batch import Batch, loss_of, moved
+from sam_export.parity.oracle_batch import Batch, loss_of
+from sam_export.parity.oracle_parts import Rounds, parts_of
 from sam_export.parity.oracle_precision import OraclePrecision, wide_norm
 from sam_export.parity.oracle_random import OracleDraws
-from sam_export.parity.oracle_slots import OracleSlots, host_copy
+from sam_export.parity.oracle_slots import OracleSlots
+from sam_export.parity.oracle_state import OracleState
 from sam_export.parity.oracle_surroundings import (
     default_dtype,
     generator_states,
@@ -30,7 +30,7 @@ from sam_export.parity.oracle_surroundings import (
 from sam_export.parity.oracle_variants import OracleVariant, clip, other_perturbation
 
 
-class Oracle:
+class Oracle(OracleState):
     """Eager SAM on its own copy of a model and a base optimizer.
 
     One step, with ``i`` over the parameters that have a gradient and ``k(i)`` their group::
@@ -69,6 +69,9 @@ class Oracle:
         every: Only a step whose number is divisible by it is one of SAM.
         average: Of the weights, over the steps; None: there is none.
         ascent_steps: How many steps lead to ``w + eps``, each of length ``rho / ascent_steps``.
+        micro_batches: Into how many equal parts a batch is cut; gradients are means over them.
+        perturbation_per: ``"batch"``, or ``"micro_batch"``: all up to the second gradient is done
+            for each part alone, and the update gets the mean.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
         Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, algorithm 1.
@@ -98,6 +101,8 @@ class Oracle:
         every: int = 1,
         ascent_steps: int = 1,
         average: OracleAverage | None = None,
+        micro_batches: int = 1,
+        perturbation_per: str = "batch",
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         memo: dict[int, Any] = {}
@@ -128,7 +133,8 @@ class Oracle:
         self.variant = variant or OracleVariant()
         self.average = average or OracleAverage()
         self.every, self.ascent_steps = every, ascent_steps
-        self._drawn = 0
+        self.micro_batches, self.perturbation_per = micro_batches, perturbation_per
+        self._drawn = self._first_draw = 0
         self.keeps_stages = False
         """Whether a snapshot holds the gradients and perturbations of the last step."""
         self.stages: dict[str, Tensor] = {}
@@ -170,58 +176,33 @@ class Oracle:
         return result
 
     def _step(self, batch: Batch, overflows: bool) -> dict[str, float | bool]:
-        buffers = list(self.model.buffers())
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
         buffers_at_start = [buffer.clone() for buffer in buffers]
         kept_at_start = self.variant.copy_of_kept()
-        generators = generator_states()
-        stages: dict[str, Tensor] = {}
-
-        # First pass, at w.
-        loss = self.gradient(batch)
+        self._drawn = 0
+        parts = parts_of(batch, self.micro_batches)
+        # Parts that share one perturbation make a round.
+        per_part = self.perturbation_per == "micro_batch"
+        rounds = Rounds(len(parts) if per_part else 1)
+        for members in [[part] for part in parts] if per_part else [parts]:
+            self._round(members, rounds)
         self.draws = self._drawn
-        buffers_after_ascent = [buffer.clone() for buffer in buffers]
         with torch.no_grad():
-            self._add_decay()
-            grad_norm = self._grad_norm()
-            w = {p: p.clone() for p in self._with_gradient()}
-            g = {name: p.grad.clone() for name, p in self._named(w) if p.grad is not None}
-        is_perturbed = self.step_count % self.every == 0
-        perturbed_loss = loss
-        steps: list[Tensor] = []
-        if is_perturbed:
-            self.variant.ascend(self._named(w))
-            for number in range(self.ascent_steps):
-                if number > 0:
-                    self.gradient(batch, generators)
-                    self._add_decay()
-                steps = self._climb(stages if number == 0 else {})
-            # Last pass, at w + eps.
-            perturbed_loss = self.gradient(batch, generators)
-        with torch.no_grad():
-            eps = {name: p - w[p] for name, p in self._named(w)}
-            # What was added: of one step more exactly than what came of it.
-            perturbation_norm = wide_norm(steps if len(steps) else list(eps.values()))
-            for p, value in w.items():
-                p.copy_(value)
-            self.without_gradient = self._without_gradient()
-            adversarial = {f"g_adv.{name}": p.grad.clone() for name, p in self._named(w)
-                           if p.grad is not None} if self.keeps_stages else {}  # fmt: skip
-            if is_perturbed:
-                self.variant.descend(self._named(w), g)
-            else:
-                self.variant.between(self._named(w))
+            means = rounds.means()
+            scalars = [means["loss"], means["perturbed_loss"], *rounds.scalars["grad_norm"]]
+            if rounds.count > 1:
+                rounds.put_gradients("g", parameters)
+                means["grad_norm"] = self._grad_norm()
+                scalars += [means["grad_norm"], means["perturbation_norm"]]
+                rounds.put_gradients("g_adv", parameters)
             perturbed_grad_norm = self._grad_norm()
-            scalars = (loss, perturbed_loss, grad_norm, perturbed_grad_norm)
+            scalars.append(perturbed_grad_norm)
             finite = all(bool(torch.isfinite(value)) for value in scalars) and not overflows
-            stages |= {f"eps.{name}": value for name, value in eps.items()}
-            keeps = self.keeps_stages and finite and is_perturbed
-            self.stages = {**stages, **adversarial} if keeps else {}
+            self.stages = rounds.stages if finite else {}
             if not finite and self.on_nonfinite != "ignore":
                 self._put_back(buffers, buffers_at_start)
                 self.variant.kept = kept_at_start
             else:
-                if self.running_stats == "ascent":
-                    self._put_back(buffers, buffers_after_ascent)
                 clip(self.optimizer.param_groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
                 self.average.take(self.model)
@@ -232,29 +213,92 @@ class Oracle:
         return {
             **clipping,
             **scaled,
-            "loss": float(loss.detach()),
-            "perturbed_loss": float(perturbed_loss.detach()),
-            "grad_norm": float(grad_norm),
-            "perturbation_norm": float(perturbation_norm),
+            **{name: float(value) for name, value in means.items()},
             "finite": finite,
         }
 
-    def gradient(self, batch: Batch, again: Any = None) -> Tensor:
+    def _round(self, members: Sequence[Batch], rounds: Rounds) -> None:
+        """Both passes of parts that share one perturbation; ends at ``w``, with ``g_adv``."""
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
+        generators = generator_states()
+        self._first_draw = self._drawn
+        stages: dict[str, Tensor] = {}
+
+        # First pass, at w.
+        loss = self._pass(members)
+        buffers_after_ascent = [buffer.clone() for buffer in buffers]
+        is_perturbed = self.step_count % self.every == 0
+        with torch.no_grad():
+            if is_perturbed:
+                self._add_decay()
+            grad_norm = self._grad_norm()
+            rounds.add_gradients("g", parameters)
+            w = {p: p.clone() for p in self._with_gradient()}
+            g = {name: p.grad.clone() for name, p in self._named(w) if p.grad is not None}
+        perturbed_loss = loss
+        steps: list[Tensor] = []
+        if is_perturbed:
+            self.variant.ascend(self._named(w))
+            for number in range(self.ascent_steps):
+                if number > 0:
+                    self._pass(members, generators)
+                    self._add_decay()
+                steps = self._climb(stages if number == 0 else {})
+            # Last pass, at w + eps.
+            perturbed_loss = self._pass(members, generators)
+        with torch.no_grad():
+            eps = {name: p - w[p] for name, p in self._named(w)}
+            # What was added: of one step more exactly than what came of it.
+            perturbation_norm = wide_norm(steps if len(steps) else list(eps.values()))
+            for p, value in w.items():
+                p.copy_(value)
+            self.without_gradient = self._without_gradient()
+            if self.keeps_stages and is_perturbed:
+                stages |= {f"eps.{name}": value for name, value in eps.items()}
+                stages |= {f"g_adv.{n}": p.grad for n, p in self._named(w) if p.grad is not None}
+                rounds.add_stages(stages)
+            if is_perturbed:
+                self.variant.descend(self._named(w), g)
+            else:
+                self.variant.between(self._named(w))
+            if self.running_stats == "ascent":
+                self._put_back(buffers, buffers_after_ascent)
+            rounds.add_gradients("g_adv", parameters)
+        rounds.note(
+            loss=loss, perturbed_loss=perturbed_loss,
+            grad_norm=grad_norm, perturbation_norm=perturbation_norm,
+        )  # fmt: skip
+
+    def _pass(self, members: Sequence[Batch], again: Any = None) -> Tensor:
+        """Mean loss, and its gradient, where the weights stand.
+
+        Args:
+            members: The parts of the batch.
+            again: In a later pass, where torch's generators stood before the first one.
+        """
+        self.zero_grad()
+        is_same = again is not None and self.randomness == "same"
+        if is_same:
+            set_generator_states(again)
+        total = torch.zeros(())
+        with self._drawing(self._first_draw if is_same else self._drawn) as draws:
+            for member in members:
+                loss = self._loss(member) / len(members)
+                self.precision.backward(loss)
+                total = total.to(loss) + loss.detach()
+        self.precision.unscale(self.model.parameters())
+        self._drawn = max(self._drawn, draws.next)
+        return total
+
+    def gradient(self, batch: Batch) -> Tensor:
         """Loss where the weights stand; puts its gradient into them, and changes the buffers.
 
         Args:
             batch: As `tensors` makes it.
-            again: In a later pass, where torch's generators stood before the first one.
         """
-        self.zero_grad()
-        first = 0 if again is None or self.randomness == "same" else self._drawn
-        if again is not None and self.randomness == "same":
-            set_generator_states(again)
-        with torch.enable_grad(), default_dtype(self.is_double), self._drawing(first) as draws:
-            loss = self._loss(batch)
-            self.precision.backward(loss, self.model.parameters())
-        self._drawn = draws.next
-        return loss
+        self._drawn = 0
+        with torch.enable_grad(), default_dtype(self.is_double):
+            return self._pass(parts_of(batch, self.micro_batches))
 
     @torch.no_grad()
     def _add_decay(self) -> None:
@@ -317,11 +361,6 @@ class Oracle:
             gradients = chosen or [torch.zeros_like(gradients[0])]
         return wide_norm(gradients)
 
-    def _without_gradient(self) -> set[str]:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        named = self.model.named_parameters()
-        return {name for name, p in named if p.grad is None or id(p) not in held}
-
     def zero_grad(self) -> None:
         """Forgets all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -332,45 +371,6 @@ class Oracle:
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
 
-    # -- state by name ------------------------------------------------------------------------
-
-    @property
-    def parameter_names(self) -> list[str]:
-        """Names of all parameters, frozen ones included; a tied one under its first name."""
-        return [name for name, _ in self.model.named_parameters()]
-
-    def snapshot(self) -> dict[str, NDArray[Any]]:
-        """Copies of parameters and buffers by torch's names, and slots as ``slot.<key>.<name>``.
-
-        Raises:
-            TypeError: The optimizer keeps something else than tensors and numbers.
-        """
-        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        state = {name: host_copy(value) for name, value in named.items()}
-        if self.is_counting:
-            state["rng.seed"] = np.array(self.seed)
-        if self.is_counting or self.every > 1:
-            state["counter.step"] = np.array(self.step_count)
-        state |= self.variant.snapshot() | self.average.snapshot()
-        state |= self.precision.snapshot()
-        state |= {f"stage.{name}": host_copy(value) for name, value in self.stages.items()}
-        return state | self._slots.snapshot(self.model, self.optimizer)
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """The inverse of `snapshot`; a slot that is not in ``state`` is one not made yet."""
-        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name, tensor in named.items():
-            tensor.copy_(torch.tensor(state[name]))
-        if self.is_counting:
-            self.seed = int(state["rng.seed"])
-        if self.is_counting or self.every > 1:
-            self.step_count = int(state["counter.step"])
-        self.variant.load(state, self.device, self.is_double)
-        self.average.load(state, self.device, self.is_double)
-        self.precision.load(state)
-        self._slots.load(self.model, self.optimizer, state, self.is_double)
-
     @contextmanager
     def _drawing(self, first: int) -> Iterator[OracleDraws]:
         draws = OracleDraws(self.seed, self.step_count, first)
@@ -379,15 +379,3 @@ class Oracle:
         else:
             with draws:
                 yield draws
-
-    # -- surroundings -------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter lives; batches are moved there."""
-        return next(self.model.parameters()).device
-
-    def tensors(self, batch: Batch) -> Batch:
-        """The batch on the model's device and, for the judge, in float64."""
-
-        return moved(batch, self.device, self.is_double)

@@ -34,3 +34,9 @@ def set_generator_states(states: GeneratorStates) -> None:
     torch.set_rng_state(states[0])
     if states[1]:
         torch.cuda.set_rng_state_all(states[1])
+
+
+def flat_generator_states() -> list[Tensor]:
+    """The same as one list, to compare."""
+    first, others = generator_states()
+    return [first, *others]

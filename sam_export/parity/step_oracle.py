@@ -36,6 +36,8 @@ def oracle_of(step: TrainStep) -> Oracle:
             step.loss_scale or 1.0,
             step.growth_tracker,
         ),
+        micro_batches=semantics.micro_batches,
+        perturbation_per=semantics.perturbation_per,
         variant=_oracle_variant(step),
         every=step.optimizer.every,
         ascent_steps=step.optimizer.ascent_steps,

@@ -52,6 +52,8 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
         # What forbids a single example (the variance in BatchNorm) is part of training only.
         least = contract.dims[name] if program.name in TRAINING else min(contract.dims[name], 1)
         _check_least(name, size, least, where)
+        if program.name in TRAINING:
+            _check_multiple(name, size, contract.multiples.get(name, 1), where)
     return tensors
 
 
@@ -189,6 +191,15 @@ def _check_least(name: str, size: int, least: int, where: str) -> None:
     raise SessionError(
         f"Size {size} in {where} ({name!r}); this step was captured for at least {least}."
     )
+
+
+def _check_multiple(name: str, size: int, count: int, where: str) -> None:
+    if size % count:
+        raise SessionError(
+            f"Size {size} in {where} ({name!r}); this step divides its batch into {count} parts of "
+            f"one size (micro_batches={count}), so the size must be a multiple of {count}. Leave "
+            f"{size % count} out, or join them to another batch."
+        )
 
 
 def _per_group(name: str, given: Any, groups: int) -> tuple[float, ...]:

@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 
 from sam_export.artifact.semantics import Semantics
+from sam_export.step.gradient import Objective, mean_gradient
 from sam_export.step.loss_scaling import Scaler
 from sam_export.step.variants.variant import Memory, Variant
 
 EPSILON = 1e-12
 """Added to the gradient norm, so that a gradient of zero gives a perturbation of zero."""
-
-Objective = Callable[
-    [Mapping[str, Tensor], Mapping[str, Tensor], Callable[[Tensor, Any], Any]], Any
-]
-"""(parameters, buffers, use) -> ``use(scalar loss, model output)`` on one batch, called while the
-model has these tensors; may update the buffers."""
-
 
 Perturb = Callable[
     [Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]
@@ -56,6 +50,7 @@ class Passes:
         buffers: New buffers by name.
         outputs: The model's output at ``w``, detached.
         perturbed_grad_norm: Global L2 norm of ``g_adv`` before clipping; None without clipping.
+        ascended: ``g`` by parameter name, as its norm is taken.
         memory: What the variant keeps, after this step.
     """
 
@@ -68,6 +63,7 @@ class Passes:
     buffers: dict[str, Tensor]
     outputs: Any
     perturbed_grad_norm: Tensor | None = None
+    ascended: Mapping[str, Tensor] = field(default_factory=dict)
     memory: Memory = field(default_factory=dict)
 
 
@@ -113,7 +109,7 @@ SAM_ITSELF = Kind()
 
 
 def two_passes(
-    objective: Objective,
+    objectives: Sequence[Objective],
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     groups: Sequence[Group],
@@ -143,7 +139,8 @@ def two_passes(
     each at the point where the last one ended.
 
     Args:
-        objective: The loss of one batch as a function of parameters and buffers.
+        objectives: The loss of each part of the batch as a function of parameters and buffers; the
+            mean of them is the objective.
         parameters: All parameters by name; those in no group are constants.
         buffers: All buffers by name.
         groups: The parameters to train.
@@ -164,7 +161,7 @@ def two_passes(
     names = [name for group in groups for name in group.names]
     ascent_buffers = {name: value.clone() for name, value in buffers.items()}
     at("ascent")
-    loss, gradients, outputs = _gradient(objective, parameters, ascent_buffers, names, scaler)
+    loss, gradients, outputs = mean_gradient(objectives, parameters, ascent_buffers, names, scaler)
     at("perturb")
     gradients = _with_decay(gradients, parameters, groups, semantics)
     norms = _norms(list(gradients.values()))
@@ -182,7 +179,7 @@ def two_passes(
         descent_buffers = {name: value.clone() for name, value in ascent_buffers.items()}
     for _ in range(kind.ascent_steps - 1):
         at("ascent")
-        _, further, _ = _gradient(objective, perturbed, descent_buffers, names, scaler)
+        _, further, _ = mean_gradient(objectives, perturbed, descent_buffers, names, scaler)
         at("perturb")
         further = _with_decay(further, perturbed, groups, semantics)
         perturbed, _ = move(perturbed, further, _norms(list(further.values())))
@@ -194,7 +191,9 @@ def two_passes(
             stages[f"eps.{name}"] = perturbed[name] - parameters[name]
 
     at("descent")
-    perturbed_loss, adversarial, _ = _gradient(objective, perturbed, descent_buffers, names, scaler)
+    perturbed_loss, adversarial, _ = mean_gradient(
+        objectives, perturbed, descent_buffers, names, scaler
+    )
     if stages is not None:
         stages |= {f"g_adv.{name}": gradient for name, gradient in adversarial.items()}
     at("check")
@@ -212,16 +211,17 @@ def two_passes(
         grad_norm=grad_norm,
         perturbation_norm=perturbation_norm.to(grad_norm.dtype),
         finite=finite,
-        gradients=_clipped(final, descent_norm, semantics),
+        gradients=clipped(final, descent_norm, semantics),
         buffers=ascent_buffers,
         outputs=outputs,
         perturbed_grad_norm=descent_norm if semantics.clips else None,
+        ascended=gradients,
         memory=memory,
     )
 
 
 def one_pass(
-    objective: Objective,
+    objectives: Sequence[Objective],
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     groups: Sequence[Group],
@@ -237,7 +237,8 @@ def one_pass(
     gradient may be changed by a variant (LookSAM), and is then clipped as ``g_adv`` is.
 
     Args:
-        objective: The loss of one batch as a function of parameters and buffers.
+        objectives: The loss of each part of the batch as a function of parameters and buffers; the
+            mean of them is the objective.
         parameters: All parameters by name; those in no group are constants.
         buffers: All buffers by name.
         groups: The parameters to train.
@@ -250,7 +251,7 @@ def one_pass(
     names = [name for group in groups for name in group.names]
     new_buffers = {name: value.clone() for name, value in buffers.items()}
     at("ascent")
-    loss, gradients, outputs = _gradient(objective, parameters, new_buffers, names, scaler)
+    loss, gradients, outputs = mean_gradient(objectives, parameters, new_buffers, names, scaler)
     at("check")
     grad_norm = global_norm(list(gradients.values()))
     final = kind.variant.between(gradients, memory)
@@ -261,7 +262,7 @@ def one_pass(
         grad_norm=grad_norm,
         perturbation_norm=grad_norm.clamp(max=0),  # 0, and no constant
         finite=torch.isfinite(loss) & torch.isfinite(grad_norm) & torch.isfinite(norm),
-        gradients=_clipped(final, norm, semantics),
+        gradients=clipped(final, norm, semantics),
         buffers=new_buffers,
         outputs=outputs,
         perturbed_grad_norm=norm.clone() if semantics.clips else None,
@@ -330,48 +331,15 @@ def _has_radius(radius: Mapping[str, float | Tensor], gradients: Mapping[str, Te
     return (torch.stack(radii) != 0).double()
 
 
-def _clipped(
+def clipped(
     gradients: Mapping[str, Tensor], norm: Tensor, semantics: Semantics
 ) -> dict[str, Tensor]:
     """By value, then by norm, as `torch.nn.utils` does each; ``norm`` is that of ``gradients``."""
-    clipped = dict(gradients)
+    result = dict(gradients)
     if (bound := semantics.clip_value) is not None:
-        clipped = {name: value.clamp(-bound, bound) for name, value in clipped.items()}
-        norm = global_norm(list(clipped.values()))
+        result = {name: value.clamp(-bound, bound) for name, value in result.items()}
+        norm = global_norm(list(result.values()))
     if semantics.clip_norm is not None:
         factor = (semantics.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        clipped = {name: value * factor.to(value) for name, value in clipped.items()}
-    return clipped
-
-
-def _gradient(
-    objective: Objective,
-    parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    names: Sequence[str],
-    scaler: Scaler | None,
-) -> tuple[Tensor, dict[str, Tensor], Any]:
-    leaves = {name: value.detach() for name, value in parameters.items()}
-    for name in names:
-        leaves[name].requires_grad_()
-
-    def differentiated(loss: Tensor, outputs: Any) -> tuple[Tensor, Any, Sequence[Any]]:
-        wanted = [leaves[name] for name in names]
-        scaled = loss if scaler is None else scaler.scaled(loss)
-        return loss, outputs, torch.autograd.grad(scaled, wanted, allow_unused=True)
-
-    with torch.enable_grad():
-        loss, outputs, gradients = objective(leaves, buffers, differentiated)
-    found = {
-        name: gradient.detach()
-        for name, gradient in zip(names, gradients, strict=True)
-        if gradient is not None
-    }
-    if scaler is not None:
-        inverse = scaler.inverse()
-        found = {name: gradient * inverse for name, gradient in found.items()}
-    return loss.detach(), found, _detached(outputs)
-
-
-def _detached(outputs: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        result = {name: value * factor.to(value) for name, value in result.items()}
+    return result

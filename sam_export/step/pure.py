@@ -12,9 +12,11 @@ from torch import Tensor
 
 from sam_export.step.batch import BatchLayout
 from sam_export.step.draws import Draws
+from sam_export.step.gradient import Objective
 from sam_export.step.hyper import group_key
 from sam_export.step.loss_scaling import Scaler
-from sam_export.step.passes import Passes, one_pass, two_passes
+from sam_export.step.micro_batches import perturbed_passes
+from sam_export.step.passes import Passes, one_pass
 from sam_export.step.update import Slots, apply_update
 from sam_export.step.variants.variant import Memory
 
@@ -53,7 +55,7 @@ def pure_step(
         at: Told the name of each stage before it begins.
         watch: Shown the loss of each pass before it is differentiated.
         draws: Where random numbers come from; None: torch's generators.
-        stages: Gets gradients and perturbations by name, as `two_passes` has them.
+        stages: Gets gradients and perturbations by name, as `perturbed_passes` has them.
         started: 0 before the first update, where that is a special one, for the base optimizer
             or for the SAM variant.
         memory: What the SAM variant keeps, by parameter name and key.
@@ -70,18 +72,22 @@ def pure_step(
     if "weight_decay" in hyper:
         decays = hyper["weight_decay"].unbind()
         groups = [replace(g, weight_decay=d) for g, d in zip(groups, decays, strict=True)]
-    objective = step.objective(layout, values)
 
-    def watched(
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        use: Callable[[Tensor, Any], Any],
-    ) -> Any:
-        def use_watched(loss: Tensor, outputs: Any) -> Any:
-            watch(loss)
-            return use(loss, outputs)
+    def watched(objective: Objective) -> Objective:
+        def evaluate(
+            parameters: Mapping[str, Tensor],
+            buffers: Mapping[str, Tensor],
+            use: Callable[[Tensor, Any], Any],
+        ) -> Any:
+            def use_watched(loss: Tensor, outputs: Any) -> Any:
+                watch(loss)
+                return use(loss, outputs)
 
-        return objective(parameters, buffers, use_watched)
+            return objective(parameters, buffers, use_watched)
+
+        return evaluate
+
+    objectives = [watched(objective) for objective in step.objectives(layout, values)]
 
     def begin(stage: str) -> None:
         at(stage)
@@ -90,14 +96,14 @@ def pure_step(
 
     with torch.no_grad(), draws or contextlib.nullcontext():
         if perturbed:
-            passes = two_passes(
-                watched, parameters, buffers, groups, list(hyper["rho"].unbind()), step.semantics,
-                at=begin, stages=stages, kind=step.optimizer.kind, memory=memory or {},
-                started=started, scaler=scaler,
+            passes = perturbed_passes(
+                objectives, parameters, buffers, groups, list(hyper["rho"].unbind()),
+                step.semantics, at=begin, stages=stages, kind=step.optimizer.kind,
+                memory=memory or {}, started=started, scaler=scaler,
             )  # fmt: skip
         else:
             passes = one_pass(
-                watched, parameters, buffers, groups, step.semantics,
+                objectives, parameters, buffers, groups, step.semantics,
                 at=begin, kind=step.optimizer.kind, memory=memory or {}, scaler=scaler,
             )  # fmt: skip
         begin("update")

@@ -18,16 +18,18 @@ from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
+from sam_export.step.gradient import Objective
 from sam_export.step.hyper import hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
 from sam_export.step.loss_scaling import Scaler
+from sam_export.step.micro_batches import check_micro_batches, perturbed_passes, split
 from sam_export.step.mixed_precision import (
     autocasting,
     check_master_weights,
     check_precision,
     widened,
 )
-from sam_export.step.passes import Group, Objective, Passes, one_pass, two_passes
+from sam_export.step.passes import Group, Passes, one_pass
 from sam_export.step.perturbation import name_of
 from sam_export.step.pure import pure_step
 from sam_export.step.sam import SAM
@@ -104,6 +106,7 @@ class TrainStep(nn.Module):
                 f"norm_over={self.semantics.norm_over!r} is about the norm of SAM's own "
                 f"perturbation; {name_of(optimizer.perturbation)} has another. Leave one out."
             )
+        check_micro_batches(self.semantics, optimizer)
         self.seed = _signed(torch.initial_seed() if seed is None else seed)
         self.step_count = 0
         check_precision(autocast, loss_scaling, self.semantics)
@@ -203,6 +206,11 @@ class TrainStep(nn.Module):
 
         return evaluate
 
+    def objectives(self, layout: BatchLayout, values: Sequence[Tensor]) -> list[Objective]:
+        """The loss of each part of a batch, see `step.micro_batches`."""
+        parts = split(layout.names, values, self.semantics.micro_batches)
+        return [self.objective(layout, part) for part in parts]
+
     def pure(
         self, *state_and_batch: Any, **options: Any
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
@@ -237,17 +245,17 @@ class TrainStep(nn.Module):
         scaler = self.scaler(next(iter(parameters.values())).device)
 
         def run(at: Callable[[str], None]) -> Passes:
-            objective = self.objective(layout, values)
+            objectives = self.objectives(layout, values)
             detached = {name: p.detach() for name, p in parameters.items()}
             kind, memory = self.optimizer.kind, self.memory()
             if self.step_count % self.optimizer.every:
                 return one_pass(
-                    objective, detached, buffers, self.groups(), self.semantics,
+                    objectives, detached, buffers, self.groups(), self.semantics,
                     at=at, kind=kind, memory=memory, scaler=scaler,
                 )  # fmt: skip
             started = torch.tensor(int(bool(self.optimizer.memory)))
-            return two_passes(
-                objective, detached, buffers, self.groups(), self.hyper(["rho"])["rho"],
+            return perturbed_passes(
+                objectives, detached, buffers, self.groups(), self.hyper(["rho"])["rho"],
                 self.semantics, at=at, kind=kind, memory=memory, started=started, scaler=scaler,
             )  # fmt: skip
 

@@ -52,7 +52,7 @@ from sam_export.tracing.randomness import (
     share_draws,
     share_dropout_factors,
 )
-from sam_export.tracing.smallest import smallest_sizes
+from sam_export.tracing.sizes import multiples_of, smallest_sizes
 from sam_export.tracing.state import StateLayout, dtype_name, memory_name, state_layout
 from sam_export.tracing.surroundings import eval_mode, kernels
 from sam_export.tracing.trace import exported, traced
@@ -108,11 +108,12 @@ def capture(
     layout = step.layout(batch)
     values = layout.tensors(batch)
     dims = dims_of(dynamic, layout.names, values)
-    values = at_least_two(values, dims)
+    multiples = multiples_of(step, layout, values, dims)
+    values = at_least_two(values, dims, multiples)
     step.check_master_weights()
     with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
-        how = (return_outputs, portable, stages, hyper)
+        how = (multiples, return_outputs, portable, stages, hyper)
         return _Capture(step, layout, values, dims, state, *how).run()
 
 
@@ -130,6 +131,7 @@ class _Capture:
         values: list[Tensor],
         dims: list[dict[int, str]],
         state: StateLayout,
+        multiples: dict[str, int],
         return_outputs: bool,
         portable: bool,
         stages: bool,
@@ -140,6 +142,7 @@ class _Capture:
         self.values = values
         self.dims = dims
         self.state = state
+        self.multiples = multiples
         self.return_outputs = return_outputs
         self.portable = portable
         self.stages = stages
@@ -182,7 +185,10 @@ class _Capture:
             hyper=self.hyper,
             batch=batch,
             batch_kind=self.layout.kind,
-            dims=smallest_sizes(self.step, self.layout, self.state, self.values, self.dims),
+            dims=smallest_sizes(
+                self.step, self.layout, self.state, self.values, self.dims, self.multiples
+            ),
+            multiples=self.multiples,
             programs=tuple(reversed(self.specs)),
             output_tree=self.output_tree,
             groups=tuple(tuple(group.names) for group in self.step.groups()),
@@ -348,12 +354,14 @@ class _Capture:
         arguments += self.values[:batch_count]
         marks += self.dims[:batch_count]
         produced: list[Produced] = []
+        # Only what trains goes through the model part by part.
+        multiples = self.multiples if name in TRAINING else {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             produced[:] = function(dict(zip(names, tensors, strict=True)))
             return [tensor for _, _, tensor in produced]
 
-        graph_module, symbols = traced(flat, arguments, marks)
+        graph_module, symbols = traced(flat, arguments, marks, multiples)
         semantics = self.step.semantics
         trains = name in TRAINING
         if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
@@ -371,7 +379,7 @@ class _Capture:
         names = [names[place] for place in places]
         arguments = [arguments[place] for place in places]
         marks = [marks[place] for place in places]
-        program = exported(graph_module, arguments, marks)
+        program = exported(graph_module, arguments, marks, multiples)
         refuse_mutation(program.graph)
         outputs = [
             TensorSpec(output, role, dtype_name(output, tensor), _shape(tensor, symbols))

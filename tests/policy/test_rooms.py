@@ -41,9 +41,11 @@ ORACLE = (
     "parity/oracle_average.py",
     "parity/oracle_batch.py",
     "parity/oracle_once.py",
+    "parity/oracle_parts.py",
     "parity/oracle_precision.py",
     "parity/oracle_random.py",
     "parity/oracle_slots.py",
+    "parity/oracle_state.py",
     "parity/oracle_surroundings.py",
     "parity/oracle_variants.py",
 )
