@@ -36,6 +36,7 @@ from sam_export.parity.step_oracle import oracle_of
 from sam_export.parity.subjects import built, existing, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
+from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
@@ -64,6 +65,7 @@ def check_parity(
     isolate: bool = True,
     stages: bool = False,
     command: str | None = None,
+    cuda: CudaOptions | None = None,
 ) -> ParityReport:
     """Compares the step of each target with plain eager PyTorch, by name and by change.
 
@@ -103,6 +105,8 @@ def check_parity(
             they say where a difference begins. The target's own verdict is that of its shipped
             form, since more outputs change what a runtime fuses.
         command: What the report says for repeating the check; None: the call of this function.
+        cuda: Options for a CUDA device, as `sam_export.load` takes them. With ``tf32`` a step is
+            judged by the same bound, which its rounding exceeds.
 
     Returns:
         The report. A target that cannot be built or run is a failed one, not an error. After
@@ -118,6 +122,10 @@ def check_parity(
     staged = [f"{target}, stages" for target in chosen] if stages else []
     names = (*given, *folders, *chosen, *staged)
     _check_request(batches, num_steps, chosen, names)
+    if cuda is not None and not device.startswith("cuda"):
+        raise ParityError(
+            f"{cuda} was given with device={device!r}; pass device='cuda' too, or leave it out."
+        )
     tol = tolerances or Tolerances()
     if dynamic == "batch":
         batches = with_unseen_size(batches, num_steps, step.semantics.micro_batches)
@@ -138,7 +146,7 @@ def check_parity(
                 with _kept_state(Run(name, session)) as run:
                     check.drive(run, reset=True)
             for name, folder in folders.items():
-                with existing(name, Path(folder), step, device, isolate, panel.notes) as run:
+                with existing(name, Path(folder), step, device, isolate, panel.notes, cuda) as run:
                     check.drive(run, reset=True)
             captured = None
             kept = None if cache is None else Path(cache)
@@ -148,7 +156,7 @@ def check_parity(
                     captured = capture_example(step, batches[0], dynamic)
                     check.tell("capture", 1, 1)
                 check.tell(f"build {target}", 0, 1)
-                with built(captured, target, device, kept, isolate) as run:
+                with built(captured, target, device, kept, isolate, cuda) as run:
                     check.tell(f"build {target}", 1, 1)
                     check.drive(run, reset=False)
             if staged:
@@ -157,7 +165,7 @@ def check_parity(
                 captured = capture_example(step, batches[0], dynamic, stages=True)
                 for target, name in zip(chosen, staged, strict=True):
                     check.tell(f"build {name}", 0, 1)
-                    with built(captured, target, device, kept, isolate) as run:
+                    with built(captured, target, device, kept, isolate, cuda) as run:
                         run.name = name
                         inner.drive(run, reset=False, whole=False)
         except KeyboardInterrupt:
@@ -183,8 +191,8 @@ def check_parity(
         laws=eager,
         reference=compared,
         interrupted=interrupted,
-        ledger=ledger(seed, step.seed, device, facts),
-        command=command or _call(chosen, names, num_steps, device, seed, dynamic),
+        ledger=ledger(seed, step.seed, device, facts, cuda),
+        command=command or _call(chosen, names, num_steps, device, seed, dynamic, cuda),
     )
 
 
@@ -230,11 +238,19 @@ def _call(
     device: str,
     seed: int,
     dynamic: Dynamic,
+    cuda: CudaOptions | None,
 ) -> str:
     """The Python call that repeats a check, but for what only the caller has."""
-    given = {"targets": list(targets), "num_steps": num_steps, "device": device, "seed": seed}
+    given: dict[str, Any] = {
+        "targets": list(targets),
+        "num_steps": num_steps,
+        "device": device,
+        "seed": seed,
+    }
     if dynamic != "batch":
         given["dynamic"] = dynamic
+    if cuda is not None:
+        given["cuda"] = cuda
     words = [f"{key}={value!r}" for key, value in given.items()]
     others = [name for name in names if name not in targets]
     if others:

@@ -162,8 +162,7 @@ class _Capture:
             )
             for name, value, marks in zip(self.layout.names, self.values, self.dims, strict=True)
         )
-        of_training = ("slot", "memory", "average")
-        now = [spec for spec in self.state.specs if spec.role not in of_training]
+        now = [s for s in self.state.specs if s.role not in ("slot", "memory", "average")]
         averaged = {AVERAGE + name for name in self.step.averages}
         rest = {spec.name for spec in now if AVERAGE + spec.name not in averaged}
         average = [spec for spec in self.state.specs if spec.name in averaged | rest]
@@ -227,11 +226,9 @@ class _Capture:
     def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
         with self._draws_of_evaluation(given), self.step.autocasting():
             inputs = [given[name] for name in self.layout.inputs]
+            model = self.step.model
             outputs = call_with(
-                self.step.model,
-                self._model_state(given),
-                lambda: self.layout.call(self.step.model, inputs),
-                refuse_replaced=False,
+                model, self._model_state(given), lambda: self.layout.call(model, inputs), False
             )
         if self.step.autocast is not None:
             outputs = widened(outputs)

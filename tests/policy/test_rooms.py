@@ -30,7 +30,10 @@ NEEDS_NO_TORCH = ("errors", "_version", "artifact", "runtime", "api", "cli", "__
 
 EXEMPT = (
     "runtime/aot_inductor.py",
+    "runtime/model_exported.py",
+    "runtime/model_torchscript.py",
     "runtime/torch_compile.py",
+    "runtime/torch_cuda_graph.py",
     "runtime/torch_engine.py",
     "runtime/torchscript.py",
 )

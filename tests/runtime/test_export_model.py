@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import sam_export as sx
-from sam_export.artifact import state_file
 from sam_export.errors import ArtifactError, SessionError
-from sam_export.runtime import model_file, model_onnx
+from sam_export.runtime import model_file
 from sam_export.runtime.session import Session
 from tests.runtime.target_cases import images, make
 
@@ -318,25 +317,6 @@ def test_a_model_that_onnxruntime_does_not_load_is_not_written(
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.fixture(params=["sync", "replace"])
-def failing_disk(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], None]]:
-    """Breaks the disk when called: where a file is synced, or where it gets its name."""
-
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    def break_it() -> None:
-        if request.param == "sync":
-            for name in ("model_onnx", "model_torchscript", "model_exported"):
-                monkeypatch.setattr(f"sam_export.runtime.{name}.sync", fail)
-        else:
-            monkeypatch.setattr(state_file.os, "replace", fail)
-
-    return break_it
-
-
 @pytest.mark.parametrize("target", ["onnx", "torchscript", "torch-compile"])
 def test_a_full_disk_leaves_the_old_model_and_nothing_else(
     target: str, tmp_path: Path, failing_disk: Callable[[], None]
@@ -351,82 +331,6 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(
         session.export_model(path)
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
-
-
-# -- models beyond what one message holds ------------------------------------------------------
-
-
-@pytest.fixture
-def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if protobuf allowed 4000 bytes only."""
-    monkeypatch.setattr(model_onnx, "MESSAGE_LIMIT", 4000)
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(item.name for item in folder.iterdir())
-
-
-@pytest.mark.usefixtures("small_limit")
-def test_a_large_model_keeps_its_weights_beside_it(tmp_path: Path) -> None:
-    session, model, first = trained("onnx", torch.float32)
-    path = tmp_path / "model.onnx"
-    for _ in range(2):  # the second time over what is there, which is the same
-        session.export_model(path)
-        name, data = files_in(tmp_path)
-        assert name == "model.onnx"
-        assert data.startswith("model.onnx.")
-        assert data.endswith(".data")
-        onnx.checker.check_model(path, full_check=True)
-        x, _ = images(7, torch.float32, seed=9)
-        compared(run_onnx(path, {"x": x})["output"], model, first, x)
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    offsets = [
-        int(entry.value) for t in tensors for entry in t.external_data if entry.key == "offset"
-    ]
-    assert len(offsets) == len(set(offsets)) > 3
-    assert not any(offset % 4096 for offset in offsets)
-
-    session.step(*images(6, torch.float32))
-    session.export_model(path)
-    _, newer = files_in(tmp_path)  # the old weights are gone
-    assert newer != data
-    found = run_onnx(path, {"x": x})["output"]
-    np.testing.assert_allclose(found, session.evaluate(x), rtol=0, atol=bound(found))
-
-
-@pytest.mark.usefixtures("small_limit")
-def test_a_large_model_that_fails_leaves_the_old_one_whole(
-    tmp_path: Path, failing_disk: Callable[[], None]
-) -> None:
-    session, model, first = trained("onnx", torch.float32)
-    path = tmp_path / "model.onnx"
-    session.export_model(path)
-    before = files_in(tmp_path)
-    session.step(*images(6, torch.float32))
-    failing_disk()
-    with pytest.raises(ArtifactError, match="No space left"):
-        session.export_model(path)
-    assert files_in(tmp_path) == before
-    x, _ = images(7, torch.float32, seed=9)
-    compared(run_onnx(path, {"x": x})["output"], model, first, x)
-
-
-@pytest.mark.usefixtures("small_limit")
-def test_a_large_model_that_is_not_loaded_leaves_the_old_one_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session, _, _ = trained("onnx", torch.float32)
-    session.export_model(tmp_path / "model.onnx")
-    before = files_in(tmp_path)
-    session.step(*images(6, torch.float32))
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model_onnx, "_load", refuse)
-    with pytest.raises(KeyboardInterrupt):
-        session.export_model(tmp_path / "model.onnx")
-    assert files_in(tmp_path) == before
 
 
 def test_another_file_of_that_name_is_no_obstacle(session: Session, tmp_path: Path) -> None:
