@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the report, and returns 0 when all is equal."""
     dynamic = parse_dynamic(args.dynamic)
-    check_locate(args.locate)
+    check_locate(args.locate, args.device)
     if args.steps < 1:
         raise CommandError(f"--steps {args.steps}: at least 1 is needed.")
     if args.targets is not None:
