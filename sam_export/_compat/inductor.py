@@ -165,9 +165,13 @@ def may_vary(tensor: Tensor, dim: int) -> None:
 
 
 def compiled_with(module: torch.nn.Module, backend: str) -> Callable[..., Sequence[Tensor]]:
-    """``module`` as one graph under a backend of torch.compile (``eager``, ``aot_eager``, …)."""
+    """``module`` as one graph under a backend of torch.compile (``eager``, ``aot_eager``, …).
+
+    Inductor has the options that it has in `compiled`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
         importlib.import_module("torch._inductor.compile_fx")
-    made: Callable[..., Sequence[Tensor]] = torch.compile(module, fullgraph=True, backend=backend)  # type: ignore[assignment]
-    return made
+    options: Any = EAGER_NUMERICS if backend == "inductor" else None
+    made: Any = torch.compile(module, fullgraph=True, backend=backend, options=options)
+    return made  # type: ignore[no-any-return]

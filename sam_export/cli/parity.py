@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the report, and returns 0 when all is equal."""
     dynamic = parse_dynamic(args.dynamic)
-    check_locate(args.locate)
+    check_locate(args.locate, args.device)
     cuda = parse_cuda(args)
     if cuda is not None and not args.device.startswith("cuda"):
         raise CommandError(

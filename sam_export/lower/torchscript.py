@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sam_export._compat import torchscript
-from sam_export.artifact.contract import HYPER, StepContract
+from sam_export.artifact.contract import HYPER, STEP, StepContract
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import random_details
@@ -55,7 +55,8 @@ def lower(captured: CapturedStep) -> Lowered:
     for name, module in modules.items():
         for constant, tensor in _constants(module).items():
             hold(root, f"{CONSTANTS}.{name}.{constant}", tensor)
-    setattr(root, STEP_COUNT, 0)
+    # Periodic SAM goes by it, wherever in the period the step was captured.
+    setattr(root, STEP_COUNT, int(captured.state[STEP]) if contract.every > 1 else 0)
     source = module_source(contract, captured.semantics, graphs)
     try:
         scripted = torchscript.scripted(root, source)
@@ -82,7 +83,8 @@ def _constants(module: fx.GraphModule) -> Mapping[str, Tensor]:
 
 
 def _refuse_name(name: str, role: str, contract: StepContract) -> None:
-    taken = {*method_names(contract), "slot", "hyper", "rng", "counter", CONSTANTS, STEP_COUNT}
+    own = ("slot", "memory", "average", "hyper", "rng", "counter", "scaler")
+    taken = {*method_names(contract), *own, CONSTANTS, STEP_COUNT}
     first = name.partition(".")[0]
     for part in name.split("."):
         odd = not part.isascii() or not part.isprintable() or set(part) & set('"\\')

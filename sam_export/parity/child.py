@@ -180,6 +180,8 @@ class ChildResult:
         self.perturbed_loss: float = values["perturbed_loss"]
         self.grad_norm: float = values["grad_norm"]
         self.perturbation_norm: float = values["perturbation_norm"]
+        self.perturbed_grad_norm: float | None = values["perturbed_grad_norm"]
+        self.loss_scale: float | None = values["loss_scale"]
         self.finite: bool = values["finite"]
         self.stages: dict[str, NDArray[Any]] = values["stages"]
 
@@ -236,8 +238,9 @@ def serve(
             sys.modules["torch"].manual_seed(seed)
         result = session.step(*batch, **hyper)
         names = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm")
+        found = {n: getattr(result, n) for n in (*names, "perturbed_grad_norm", "loss_scale")}
         return {
-            **{n: float(getattr(result, n)) for n in names},
+            **{name: None if value is None else float(value) for name, value in found.items()},
             "finite": bool(result.finite),
             "stages": {name: np.asarray(value) for name, value in result.stages.items()},
         }

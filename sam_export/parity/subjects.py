@@ -15,7 +15,7 @@ from sam_export.artifact.folder import Artifact, open_artifact
 from sam_export.artifact.state_file import differences, shapes_of
 from sam_export.parity.artifacts import artifact_for
 from sam_export.parity.child import ChildSession
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.rollout import Run
 from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.step.hyper import baked_of
@@ -132,16 +132,22 @@ def other_choices(artifact: Artifact, step: TrainStep) -> list[str]:
     return lines
 
 
-def with_unseen_size(batches: Sequence[Batch], num_steps: int) -> list[Batch]:
-    """The batches, and where all are of one size, a smaller one among the first ``num_steps``."""
+def with_unseen_size(batches: Sequence[Batch], num_steps: int, multiple: int = 1) -> list[Batch]:
+    """The batches, and where all are of one size, a smaller one among the first ``num_steps``.
+
+    Args:
+        batches: As the user gave them.
+        num_steps: How many are run.
+        multiple: What the size of each has to be a multiple of.
+    """
     from sam_export.parity.disturb import examples, map_batch
 
     found = list(batches)
     sizes = {examples(batch) for batch in found}
     count = sizes.pop()
-    if sizes or count < 4 or num_steps < 2:
+    if sizes or count < 4 * multiple or num_steps < 2:
         return found
-    fewer = count // 2 + 1
+    fewer = (count // multiple // 2 + 1) * multiple
     small = map_batch(found[0], lambda v: v[:fewer] if len(v.shape) and len(v) == count else v)
     found.insert(min(len(found), num_steps - 1), small)
     return found

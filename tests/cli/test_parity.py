@@ -279,6 +279,16 @@ def test_locate_goes_to_the_failed_targets(
     assert "there already" in capsys.readouterr().err
 
 
+def test_locate_says_at_once_that_it_searches_on_the_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["parity", "absent.py:recipe", "--targets", "onnx", "--device", "cuda"]
+    assert main([*argv, "--locate", str(tmp_path / "found")]) == 2
+    text = capsys.readouterr().err
+    assert "--locate searches on the CPU" in text
+    assert "absent.py" not in text  # no recipe was run before
+
+
 def test_locate_searches_the_artifact_that_was_given(
     workplace: Workplace,
     tmp_path: Path,

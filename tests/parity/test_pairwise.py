@@ -48,6 +48,12 @@ CLIPPING: dict[str, dict[str, float]] = {
     "norm": {"clip_norm": 0.1},
     "value": {"clip_value": 0.02},
 }
+VARIANTS = {
+    "sam": None,
+    "GSAM": sx.GSAM(),
+    "FriendlySAM": sx.FriendlySAM(),
+    "LookSAM": sx.LookSAM(),
+}
 PERTURBATIONS = {"sam": None, "ASAM": sx.ASAM(), "own": softened_signs}
 
 FACTORS: dict[str, list[Any]] = {
@@ -58,6 +64,10 @@ FACTORS: dict[str, list[Any]] = {
     ],
     "model": ["mlp", "norms", "dropout"],
     "perturbation": list(PERTURBATIONS),
+    "variant": list(VARIANTS),
+    "every": [1, 3],
+    "ema": [False, True],
+    "ascent_steps": [1, 2],
     "clipping": list(CLIPPING),
     "dtype": ["float32", "float64"],
     "norm_over": ["all", "perturbed"],
@@ -79,6 +89,14 @@ IMPOSSIBLE: list[tuple[tuple[str, str], Callable[[Any, Any], bool]]] = [
     # The stock training API writes in place, in float32.
     (("optimizer", "target"), lambda *two: two == ("ASGD", "ort-artifacts")),
     (("dtype", "target"), lambda *two: two == ("float64", "ort-artifacts")),
+    # It has one training model.
+    (("every", "target"), lambda every, target: every > 1 and target == "ort-artifacts"),
+    (("variant", "target"), lambda *two: two == ("LookSAM", "ort-artifacts")),
+    # It evaluates the weights that it trains.
+    (("ema", "target"), lambda ema, target: ema and target == "ort-artifacts"),
+    # What LookSAM does otherwise is between the steps of SAM; Friendly SAM has one direction.
+    (("variant", "every"), lambda variant, every: variant == "LookSAM" and every == 1),
+    (("variant", "ascent_steps"), lambda variant, n: variant == "FriendlySAM" and n > 1),
     # Other perturbations have their own norm; Rprop has no decay.
     (("perturbation", "norm_over"), lambda kind, norm: kind != "sam" and norm == "perturbed"),
     (("optimizer", "dynamic"), lambda optimizer, dynamic: optimizer == "Rprop" and dynamic),
@@ -127,7 +145,16 @@ def step_of(cell: Any) -> sx.TrainStep:
         radius = 0.0 if cell.norm_over == "perturbed" else 0.02
         groups = [{"params": rest}, {"params": [last], "rho": radius, "lr": options["lr"] / 2}]
     perturbation = PERTURBATIONS[cell.perturbation]
-    sam = sx.SAM(groups, kind, rho=0.05, perturbation=perturbation, **options)
+    sam = sx.SAM(
+        groups,
+        kind,
+        rho=0.05,
+        perturbation=perturbation,
+        variant=VARIANTS[cell.variant],
+        every=cell.every,
+        ascent_steps=cell.ascent_steps,
+        **options,
+    )
     semantics = sx.Semantics(
         norm_over=cell.norm_over,
         running_stats=cell.running_stats,
@@ -136,7 +163,14 @@ def step_of(cell: Any) -> sx.TrainStep:
         on_nonfinite=cell.on_nonfinite,
         **CLIPPING[cell.clipping],
     )
-    return sx.TrainStep(own, nn.CrossEntropyLoss(), sam, semantics=semantics, seed=3)
+    return sx.TrainStep(
+        own,
+        nn.CrossEntropyLoss(),
+        sam,
+        semantics=semantics,
+        seed=3,
+        ema=sx.EMA(0.8) if cell.ema else None,
+    )
 
 
 def check(cell: Any) -> None:
