@@ -35,7 +35,7 @@ from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
 from sam_export.runtime.eager_state import EagerState, host_array, parts_of, refuse_other_scaling
 from sam_export.runtime.engine import Engine
-from sam_export.runtime.model_file import check_path, write_model
+from sam_export.runtime.model_file import write_model
 
 if TYPE_CHECKING:
     import torch
@@ -218,24 +218,26 @@ class Session:
         self._set_hyper(checkpoint.hyper)
         self._step_count = checkpoint.step_count
 
-    def export_model(self, path: str | os.PathLike[str]) -> None:
+    def export_model(self, path: str | os.PathLike[str], average: bool = False) -> None:
         """Writes the model's forward in eval mode, current weights inside, to serve it.
 
         The ONNX targets write an ``.onnx`` file that any ONNX Runtime runs, ``torchscript`` a
         ``.pt`` for `torch.jit.load`, ``torch-compile`` a ``.pt2`` for `torch.export.load`. Inputs
         and outputs are those of `evaluate`. The file appears whole or not at all.
 
+        Args:
+            path: The file; one that is there is replaced.
+            average: With the averaged weights instead, of a step with `EMA`.
+
         Raises:
             SessionError: The target has no such form, or not the one that ``path`` ends in; the
                 model draws random numbers in eval mode; or a stock ONNX Runtime cannot load it.
             ArtifactError: The disk refuses, or the artifact of this session is not there any more.
         """
-        program = self._program("evaluate")
+        self._program("evaluate_average" if average else "evaluate")
         if self._artifact is None:
             raise SessionError("This session was not loaded from an artifact.")
-        check_path(self.target, Path(path))
-        held = [spec.name for spec in self.contract.state if spec.name in program.inputs]
-        write_model(self._artifact, Path(path), self._engine.read(held))
+        write_model(self._artifact, Path(path), self._engine.read, average)
 
     def load_into(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
