@@ -31,14 +31,22 @@ if TYPE_CHECKING:
     from sam_export.parity.report import ParityReport
     from sam_export.runtime.cuda_options import CudaOptions
     from sam_export.runtime.session import Session
-    from sam_export.step.perturbation import ASAM
+    from sam_export.step.average import EMA
     from sam_export.step.sam import SAM
     from sam_export.step.train_step import TrainStep
+    from sam_export.step.variants.asam import ASAM
+    from sam_export.step.variants.friendly_sam import FriendlySAM
+    from sam_export.step.variants.gsam import GSAM
+    from sam_export.step.variants.looksam import LookSAM
     from sam_export.tracing.capture import capture
     from sam_export.tracing.captured_step import CapturedStep
 
 _LAZY = {
-    "ASAM": "sam_export.step.perturbation",
+    "ASAM": "sam_export.step.variants.asam",
+    "EMA": "sam_export.step.average",
+    "FriendlySAM": "sam_export.step.variants.friendly_sam",
+    "GSAM": "sam_export.step.variants.gsam",
+    "LookSAM": "sam_export.step.variants.looksam",
     "SAM": "sam_export.step.sam",
     "TrainStep": "sam_export.step.train_step",
     "LossScaling": "sam_export.artifact.loss_scaling",
@@ -59,13 +67,17 @@ _LAZY = {
 
 __all__ = [
     "ASAM",
+    "EMA",
+    "GSAM",
     "SAM",
     "Artifact",
     "ArtifactError",
     "CaptureError",
     "CapturedStep",
     "CudaOptions",
+    "FriendlySAM",
     "Location",
+    "LookSAM",
     "LossScaling",
     "LoweringError",
     "ParityError",

@@ -80,6 +80,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="at the end, write parameters, buffers and slots to this .safetensors file",
     )
     parser.add_argument(
+        "--export-model",
+        metavar="FILE",
+        help="at the end, write the model alone, with its weights, to serve it: .onnx from an ONNX "
+        "artifact, .pt from torchscript, .pt2 from torch-compile",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace files of an earlier run that are there"
     )
     add_cuda(parser)
@@ -104,6 +110,10 @@ def run(args: argparse.Namespace) -> int:
             args.artifact, device=args.device, threads=args.threads, cuda=cuda
         )
     _check_hyper(session, settings)
+    if args.export_model:
+        from sam_export.runtime.model_file import check_path
+
+        check_path(session.target, Path(args.export_model))
     if args.resume:
         session.restore(args.resume)
     size, contract = settings.batch_size, session.contract
@@ -132,8 +142,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.save_state:
         _save_state(session, Path(args.save_state))
-    written = [path for path in (checkpoint, args.log, args.save_state) if path]
-    if written and steps:
+    if args.export_model:
+        session.export_model(args.export_model)
+    at_the_end = [args.save_state, args.export_model]
+    written = [path for path in ((checkpoint, args.log) if steps else ()) if path]
+    written += [path for path in at_the_end if path]
+    if written:
         print(f"written: {', '.join(written)}")
     return 0
 
@@ -188,7 +202,7 @@ def _count(examples: int | None) -> str:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    fresh = [args.save_state]
+    fresh = [args.save_state, args.export_model]
     if not args.resume:
         fresh += [args.checkpoint, args.log]
     elif args.checkpoint and not _same_file(args.checkpoint, args.resume):
@@ -233,6 +247,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
         *(("--validate", args.validate) if args.validate else ()),
         *(("--log", args.log) if args.log else ()),
         *(("--save-state", args.save_state) if args.save_state else ()),
+        *(("--export-model", args.export_model) if args.export_model else ()),
         *(("--threads", args.threads) if args.threads else ()),
         *(("--device", args.device) if args.device != "cpu" else ()),
         *cuda_arguments(args),

@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
+from sam_export.artifact.contract import TRAINING, ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import random_details
@@ -74,7 +74,9 @@ def lower_with(captured: CapturedStep, target: str, tables: Tables, device: str 
     if device == "cuda":
         tables = cuda_tables(tables)
     files: dict[str, LoweredFile] = {}
-    details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION, "device": device}
+    details: dict[str, Any] = {
+        "opset": OPSET, "ir_version": IR_VERSION, "device": device, "in_place": {}
+    }  # fmt: skip
     drawn: dict[str, Any] = {}
     for spec in captured.contract.programs:
         _refuse_derived_sizes(captured, spec)
@@ -84,13 +86,15 @@ def lower_with(captured: CapturedStep, target: str, tables: Tables, device: str 
         if device == "cuda":
             on_host = sizes_on_device(model)
             refuse_without_cuda_kernel(model, spec, target, program, on_host)
-        if spec.name == "step":
+        if spec.name in TRAINING:
             discarded = discarded_if_not_finite(spec, captured.semantics)
             if discarded and device == "cuda":
                 select_update(model, spec, discarded)
             elif discarded:
                 guard_update(model, spec, discarded)
-            details["in_place"] = in_place(model, spec)
+            # What one program may not overwrite has two buffers, for all of them.
+            for state, reason in in_place(model, spec).items():
+                details["in_place"][state] = details["in_place"].get(state) or reason
         name = f"{spec.name}.onnx"
         files[spec.name] = LoweredFile(name, checked(name, ir.to_proto(model)))
     details |= random_details(captured, made_by="session")

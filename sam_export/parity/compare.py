@@ -60,12 +60,12 @@ def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
         found: What the target has now; without counters and generators.
         initial: What the target had at first. A slot that eager has not made must still be that.
     """
-    made = {name.split(".", 2)[2] for name in expected if name.startswith("slot.")}
+    made = {name for name in map(_slot_of, expected) if name}
     problems: dict[str, str] = {}
     for name in found:
         if name in expected:
             continue
-        waits = name.startswith("slot.") and name.split(".", 2)[2] not in made
+        waits = bool(_slot_of(name)) and _slot_of(name) not in made
         if not waits:
             problems[name] = "eager has no such tensor"
         elif not np.array_equal(found[name], initial[name]):
@@ -87,6 +87,12 @@ def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
         elif not np.all(np.isfinite(other)):
             problems[name] = "not finite in the target"
     return problems
+
+
+def _slot_of(name: str) -> tuple[str, str] | None:
+    """Kind and parameter of a slot, or of what a variant keeps; None: it is neither."""
+    kind, _, rest = name.partition(".")
+    return (kind, rest.partition(".")[2]) if kind in ("slot", "memory") else None
 
 
 def measure(

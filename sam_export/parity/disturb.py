@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.tolerances import Tolerances
 
 SMALLEST = 3
@@ -52,10 +52,16 @@ def examples(batch: Batch) -> int:
     return next((len(value) for value in values if len(value.shape)), 1)
 
 
-def permuted(batch: Batch, rng: np.random.Generator) -> Batch:
-    """The same examples in another order."""
+def can_permute(batch: Batch, parts: int) -> bool:
+    """Whether each part of a batch has enough examples for their order to matter."""
+    return examples(batch) >= SMALLEST * parts
+
+
+def permuted(batch: Batch, rng: np.random.Generator, parts: int = 1) -> Batch:
+    """The same examples in another order; of several equal parts, each keeps its examples."""
     count = examples(batch)
-    order = rng.permutation(count)
+    length = count // parts
+    order = np.concatenate([at + rng.permutation(length) for at in range(0, count, length)])
 
     def reordered(value: Any) -> Any:
         if not len(value.shape) or len(value) != count:

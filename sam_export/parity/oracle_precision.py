@@ -46,13 +46,17 @@ class OraclePrecision:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
 
-    def backward(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients of ``loss`` into ``parameters``; scaled on the way and unscaled there."""
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of ``loss``, scaled, to those that the parameters hold."""
         if self.scaling is None or self.is_exact:
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        scale = torch.tensor(self.scale, device=loss.device)
-        (loss * scale).backward()
+        (loss * torch.tensor(self.scale, device=loss.device)).backward()
+
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divides the gradients of ``parameters`` by the scale."""
+        if self.scaling is None or self.is_exact:
+            return
         inverse = torch.tensor(1.0 / np.float64(self.scale), dtype=torch.float32)
         for p in parameters:
             if p.grad is not None:

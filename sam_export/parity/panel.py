@@ -12,9 +12,8 @@ import torch
 from sam_export.errors import ParityError
 from sam_export.parity.compare import State
 from sam_export.parity.disturb import (
-    SMALLEST,
     about_casts,
-    examples,
+    can_permute,
     jittered,
     jittered_input,
     map_batch,
@@ -22,7 +21,10 @@ from sam_export.parity.disturb import (
     permuted,
 )
 from sam_export.parity.one_by_one import OneByOne
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
+from sam_export.parity.oracle_once import base_step
+from sam_export.parity.oracle_surroundings import flat_generator_states
 from sam_export.parity.tolerances import Tolerances
 
 _FIRST_DISTURBED = 2
@@ -141,6 +143,7 @@ class Panel:
         self.dtype = str(next(self.start[n].dtype for n in probe.parameter_names))
         self._eager = made()
         self.casts_to = probe.precision.autocast
+        self.parts = probe.micro_batches
         self._plain = self._without_casts()
         self.on_nonfinite = self._eager.on_nonfinite
         self.draws = drew
@@ -245,7 +248,7 @@ class Panel:
         """State after one step of the base optimizer alone, as the judge computes it."""
         self.seed_generators(0)
         self.judge.load(state)
-        self.judge.base_step(batch)
+        base_step(self.judge, batch)
         return self.judge.snapshot()
 
     # -- the runs -----------------------------------------------------------------------------
@@ -332,10 +335,10 @@ class Panel:
 
     def _draws_random_numbers(self, oracle: Oracle) -> bool:
         self.seed_generators(0)
-        before = _generator_states()
+        before = flat_generator_states()
         oracle.step(self.batches[0])
-        moved = any(not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True))
-        return moved or oracle.draws > 0
+        pairs = zip(before, flat_generator_states(), strict=True)
+        return any(not torch.equal(a, b) for a, b in pairs) or oracle.draws > 0
 
     def _make_judge(self, others: bool, quiet: bool = False) -> Oracle:
         reason = "the model draws random numbers, which are others in float64" if others else ""
@@ -361,13 +364,14 @@ class Panel:
 
     def _order_is_neutral(self) -> bool:
         """Whether permuting the examples changes the loss by rounding only."""
-        batch = next((b for b in self.batches if examples(b) >= SMALLEST), None)
+        batch = next((b for b in self.batches if can_permute(b, self.parts)), None)
         if batch is None:
             return False
         losses = []
         for variant in (0, 1):
             self.judge.load(self.start)
-            losses.append(self.judge.step(permuted(batch, np.random.default_rng(variant)))["loss"])
+            other = permuted(batch, np.random.default_rng(variant), self.parts)
+            losses.append(self.judge.step(other)["loss"])
         # Summing n terms in another order errs by about sqrt(n) roundings; 1e4 is far above that
         # and far below what exchanging examples does to a loss that depends on their order.
         eps = np.finfo("float64" if self.judge.is_double else self.dtype).eps
@@ -386,15 +390,10 @@ class Panel:
         if variant < _FIRST_DISTURBED:
             return batch
         rng = np.random.default_rng([self.seed, 2, variant, step])
-        permutes = self._permutes and examples(batch) >= SMALLEST
+        permutes = self._permutes and can_permute(batch, self.parts)
         if permutes:
-            batch = permuted(batch, rng)
+            batch = permuted(batch, rng, self.parts)
         if permutes and not self._jitters:
             return batch
         move = self._jitter
         return map_batch(batch, lambda value: jittered_input(value, move, rng, self.dtype))
-
-
-def _generator_states() -> list[torch.Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]

@@ -27,7 +27,7 @@ from sam_export.parity.compare import (
     with_errors,
 )
 from sam_export.parity.failures import Described, describe_start, describe_step
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.panel import Panel, Round, Stepped
 from sam_export.parity.tolerances import Tolerances
 from sam_export.parity.verdict import is_over

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
 from sam_export.artifact.contract import (
+    AVERAGE,
     CLIPPED_METRIC,
     GROWTH_TRACKER,
     HYPER,
@@ -24,6 +26,7 @@ from sam_export.artifact.contract import (
     ProgramSpec,
     StepContract,
 )
+from sam_export.artifact.folder import Artifact
 from sam_export.artifact.result import DeviceValue, StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.artifact.state_file import differences, first_few, shapes_of
@@ -32,6 +35,7 @@ from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
 from sam_export.runtime.eager_state import EagerState, host_array, parts_of, refuse_other_scaling
 from sam_export.runtime.engine import Engine
+from sam_export.runtime.model_file import check_path, write_model
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +55,7 @@ class Session:
         device: Where they run, as it was asked for (``cpu``, ``cuda:0``).
         initial_state: Every state tensor of the contract by name.
         known_rounding: State tensor to how much of a step's change its runtime is known to be off.
+        artifact: What the session was loaded from, for `export_model`.
 
     Raises:
         SessionError: The initial state does not match the contract.
@@ -65,6 +70,7 @@ class Session:
         device: str,
         initial_state: Mapping[str, NDArray[Any]],
         known_rounding: Mapping[str, float] | None = None,
+        artifact: Artifact | None = None,
     ) -> None:
         self.contract = contract
         self.semantics = semantics
@@ -72,6 +78,7 @@ class Session:
         self.device = device
         self.known_rounding = dict(known_rounding or {})
         self._engine = engine
+        self._artifact = artifact
         self._step_count = 0
         self._set_hyper({spec.name: spec.defaults for spec in contract.hyper})
         self.set_state(initial_state)
@@ -109,6 +116,8 @@ class Session:
     def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Makes copies of ``state`` the current one; step count and hyper-parameters stay.
 
+        Which steps of periodic SAM are perturbed goes by ``counter.step`` of the state.
+
         Raises:
             SessionError: A tensor is missing, unknown, or of another dtype or shape.
         """
@@ -116,10 +125,17 @@ class Session:
         lines = differences(shapes_of(arrays), self.contract.state)
         if lines:
             raise SessionError(f"The state does not match the contract: {first_few(lines)}.")
-        self._engine.bind({spec.name: arrays[spec.name] for spec in self.contract.state})
+        self._bind({spec.name: arrays[spec.name] for spec in self.contract.state})
+
+    def _bind(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._engine.bind(state)
+        self._number = int(state[STEP]) if STEP in state else 0
 
     def step(self, *batch: Any, **hyper: Any) -> StepResult:
-        """Runs one SAM step and keeps the new state.
+        """Runs one step and keeps the new state.
+
+        It is a step of SAM, but for periodic SAM, where only every ``contract.every``-th one is and
+        the others are steps of the base optimizer.
 
         Args:
             *batch: NumPy arrays or torch tensors, inputs then targets; or one dict of them where
@@ -134,7 +150,7 @@ class Session:
             SessionError: Batch or hyper-parameters do not fit the contract, or the step is not
                 finite and ``semantics.on_nonfinite`` is ``"raise"``.
         """
-        program = self._program("step")
+        program = self._program("base_step" if self._number % self.contract.every else "step")
         tensors = checked_batch(batch, self.contract, program)
         values = merged_hyper(self._hyper, hyper, self.contract) if hyper else self._hyper
         result = self._result(program, self._run(program, tensors, values))
@@ -148,13 +164,15 @@ class Session:
             )
         self._set_hyper(values)
         self._step_count += 1
+        self._number += 1
         return result
 
-    def evaluate(self, *inputs: Any) -> Any:
+    def evaluate(self, *inputs: Any, average: bool = False) -> Any:
         """The model's outputs in eval mode at the current weights.
 
         Args:
             *inputs: The batch's inputs without its targets; or one dict.
+            average: At the averaged weights instead, of a step with `EMA`.
 
         Returns:
             NumPy arrays, in the tuples, lists and dicts that the model returns.
@@ -162,21 +180,22 @@ class Session:
         Raises:
             SessionError: The inputs do not fit the contract, or there is no such program.
         """
-        program = self._program("evaluate")
+        program = self._program("evaluate_average" if average else "evaluate")
         results = self._run(program, checked_batch(inputs, self.contract, program), self._hyper)
         leaves = [self._engine.to_numpy(results[name]) for name in _outputs(program)]
         return unflatten(self.contract.output_tree, leaves)
 
-    def evaluate_loss(self, *batch: Any) -> float:
+    def evaluate_loss(self, *batch: Any, average: bool = False) -> float:
         """The loss of a batch in eval mode at the current weights.
 
         Args:
             *batch: Inputs, then targets, as `step` takes them.
+            average: At the averaged weights instead, of a step with `EMA`.
 
         Raises:
             SessionError: The batch does not fit the contract, or there is no such program.
         """
-        program = self._program("evaluate_loss")
+        program = self._program("evaluate_loss_average" if average else "evaluate_loss")
         results = self._run(program, checked_batch(batch, self.contract, program), self._hyper)
         return float(self._engine.to_numpy(results[program.outputs[0].name]))
 
@@ -195,9 +214,28 @@ class Session:
             ArtifactError: The file is missing, damaged, or of another model or optimizer.
         """
         checkpoint = load_checkpoint(path, self.contract)
-        self._engine.bind(checkpoint.state)
+        self._bind(checkpoint.state)
         self._set_hyper(checkpoint.hyper)
         self._step_count = checkpoint.step_count
+
+    def export_model(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model's forward in eval mode, current weights inside, to serve it.
+
+        The ONNX targets write an ``.onnx`` file that any ONNX Runtime runs, ``torchscript`` a
+        ``.pt`` for `torch.jit.load`, ``torch-compile`` a ``.pt2`` for `torch.export.load`. Inputs
+        and outputs are those of `evaluate`. The file appears whole or not at all.
+
+        Raises:
+            SessionError: The target has no such form, or not the one that ``path`` ends in; the
+                model draws random numbers in eval mode; or a stock ONNX Runtime cannot load it.
+            ArtifactError: The disk refuses, or the artifact of this session is not there any more.
+        """
+        program = self._program("evaluate")
+        if self._artifact is None:
+            raise SessionError("This session was not loaded from an artifact.")
+        check_path(self.target, Path(path))
+        held = [spec.name for spec in self.contract.state if spec.name in program.inputs]
+        write_model(self._artifact, Path(path), self._engine.read(held))
 
     def load_into(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
@@ -235,14 +273,24 @@ class Session:
                 else:
                     value = type(value)(state[spec.name].item())
                 eager.base.state[parameter][spec.slot] = value
+            for spec, parameter, _ in eager.memories:
+                if state.get(STARTED) == 0:
+                    eager.sam.memory.pop(parameter, None)
+                    continue
+                kept = torch.tensor(state[spec.name]).to(parameter)
+                eager.sam.memory.setdefault(parameter, {})[spec.slot] = kept
             for name, index, group, key in eager.settings:
                 if isinstance(group[key], torch.Tensor):
                     group[key].fill_(self._hyper[name][index])
                 else:
                     group[key] = self._hyper[name][index]
+        if eager.sam is not None and self.contract.every > 1:
+            eager.sam.count = self._number
         if step is not None:
             step.step_count = int(state.get(STEP, self._step_count))
             step.seed = int(state.get(SEED, step.seed))
+            for name, average in step.averages.items():
+                average.copy_(torch.tensor(state[AVERAGE + name]))
             if SCALE in state:
                 step.loss_scale = float(state[SCALE])
                 step.growth_tracker = int(state[GROWTH_TRACKER])
@@ -273,13 +321,20 @@ class Session:
         for spec, _, value in eager.slots:
             found = self._first_slots[spec.name] if value is None else value
             state[spec.name] = host_array(found).astype(spec.dtype)
+        for spec, parameter, value in eager.memories:
+            zeros = np.zeros(tuple(parameter.shape), spec.dtype)
+            state[spec.name] = zeros if value is None else host_array(value).astype(spec.dtype)
         kept = [spec.name for spec in self.contract.state if spec.name not in state]
         state.update(self._engine.read(kept))
         if STARTED in state:
-            state[STARTED] = np.array(int(any(value is not None for _, _, value in eager.slots)))
+            made = (*eager.slots, *eager.memories)
+            state[STARTED] = np.array(int(any(value is not None for _, _, value in made)))
+        if STEP in state and eager.sam is not None and self.contract.every > 1:
+            state[STEP] = np.array(eager.sam.count)
         if step is not None:
             numbers = {SEED: step.seed, STEP: step.step_count}
             state.update({n: np.array(v) for n, v in numbers.items() if n in kept})
+            state |= {AVERAGE + n: host_array(value) for n, value in step.averages.items()}
             if SCALE in kept:
                 state[SCALE] = np.array(step.loss_scale, np.float32)
                 state[GROWTH_TRACKER] = np.array(step.growth_tracker)
