@@ -359,3 +359,19 @@ def test_parts_may_follow_the_statistics_of_the_last_one() -> None:
     step(x, y)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(torch.tensor(session.state[name]), value, rtol=0, atol=1e-13)
+
+
+def test_onnx_runtime_is_given_as_many_random_numbers_as_a_part_has() -> None:
+    """Half a batch of rows of seven: the session knows the size of the batch alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Dropout(0.4), nn.Linear(7, 3)).double()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    semantics = sx.Semantics(micro_batches=2, perturbation_per="micro_batch")
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam, semantics=semantics, seed=5)
+    x, y = torch.randn(10, 6, dtype=torch.float64), torch.randint(0, 3, (10,))
+    session = sx.load(sx.capture(step, (x, y)), target="onnx")
+    for size in (10, 6):
+        session.step(x[:size], y[:size])
+        step(x[:size], y[:size])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(session.state[name]), value, rtol=0, atol=1e-13)
