@@ -23,6 +23,7 @@ from sam_export.errors import (
 if TYPE_CHECKING:
     from sam_export.api import export, load
     from sam_export.artifact.folder import Artifact
+    from sam_export.artifact.loss_scaling import LossScaling
     from sam_export.artifact.result import StepResult
     from sam_export.artifact.semantics import Semantics
     from sam_export.parity.check import check_parity
@@ -30,16 +31,25 @@ if TYPE_CHECKING:
     from sam_export.parity.report import ParityReport
     from sam_export.runtime.cuda_options import CudaOptions
     from sam_export.runtime.session import Session
-    from sam_export.step.perturbation import ASAM
+    from sam_export.step.average import EMA
     from sam_export.step.sam import SAM
     from sam_export.step.train_step import TrainStep
+    from sam_export.step.variants.asam import ASAM
+    from sam_export.step.variants.friendly_sam import FriendlySAM
+    from sam_export.step.variants.gsam import GSAM
+    from sam_export.step.variants.looksam import LookSAM
     from sam_export.tracing.capture import capture
     from sam_export.tracing.captured_step import CapturedStep
 
 _LAZY = {
-    "ASAM": "sam_export.step.perturbation",
+    "ASAM": "sam_export.step.variants.asam",
+    "EMA": "sam_export.step.average",
+    "FriendlySAM": "sam_export.step.variants.friendly_sam",
+    "GSAM": "sam_export.step.variants.gsam",
+    "LookSAM": "sam_export.step.variants.looksam",
     "SAM": "sam_export.step.sam",
     "TrainStep": "sam_export.step.train_step",
+    "LossScaling": "sam_export.artifact.loss_scaling",
     "Semantics": "sam_export.artifact.semantics",
     "StepResult": "sam_export.artifact.result",
     "Artifact": "sam_export.artifact.folder",
@@ -57,13 +67,18 @@ _LAZY = {
 
 __all__ = [
     "ASAM",
+    "EMA",
+    "GSAM",
     "SAM",
     "Artifact",
     "ArtifactError",
     "CaptureError",
     "CapturedStep",
     "CudaOptions",
+    "FriendlySAM",
     "Location",
+    "LookSAM",
+    "LossScaling",
     "LoweringError",
     "ParityError",
     "ParityReport",

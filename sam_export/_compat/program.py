@@ -81,12 +81,19 @@ def inserted(
     with graph.inserting_before(before):
         node = graph.call_function(target, arguments, named)
 
+    renewed(node)
+    return node
+
+
+def renewed(node: fx.Node) -> None:
+    """Finds shape and dtype of a node again, after its arguments have changed."""
+
     def value(argument: Any) -> Any:
         return fx.node.map_arg(argument, lambda item: item.meta["val"])
 
-    fakes = [item.meta["val"] for item in node.all_input_nodes]
+    known = node.all_input_nodes or node.graph.find_nodes(op="placeholder")
+    fakes = [item.meta["val"] for item in known]
     mode = detect_fake_mode(fakes)
     assert mode is not None
     with mode:
-        node.meta["val"] = target(*value(arguments), **value(named))
-    return node
+        node.meta["val"] = node.target(*value(node.args), **value(node.kwargs))  # type: ignore[operator]

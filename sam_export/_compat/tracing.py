@@ -6,7 +6,7 @@ import contextlib
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
+    statically_known_true,
 )
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -41,9 +42,14 @@ class FakeInputs:
     `torch.export` does the same for its arguments; it offers no way to share the mode with
     `make_fx`, whose own symbolic mode makes every size of every tensor symbolic and lets equal
     sizes share a symbol (a batch of 10 and 10 classes).
+
+    Args:
+        multiples: Symbolic size to a number that divides it: the size is that number times a
+            symbol, so that a part of it is a symbol and no division.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, multiples: Mapping[str, int]) -> None:
+        self._multiples = multiples
         self.shape_env = _WitnessedEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._sizes: dict[str, Any] = {}
@@ -89,9 +95,20 @@ class FakeInputs:
     def _size(self, name: str, example: int) -> Any:
         if name not in self._sizes:
             context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            vector = self.mode.from_tensor(torch.empty(example), symbolic_context=context)
-            self._sizes[name] = vector.shape[0]
+            count = self._multiples.get(name, 1)
+            vector = self.mode.from_tensor(torch.empty(example // count), symbolic_context=context)
+            self._sizes[name] = count * vector.shape[0]
         return self._sizes[name]
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; symbolic ones are where that holds for all their values.
+
+    A comparison of symbolic sizes itself would be a branch on them.
+    """
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return statically_known_true(a == b)
+    return bool(a == b)
 
 
 def trace(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> fx.GraphModule:

@@ -3,17 +3,19 @@
 It needs no torch. The capture writes it, the artifact stores it, sessions obey it.
 
 Names. Parameters and buffers keep torch's names (``conv1.weight``); a slot is
-``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); a step that draws random numbers
-has ``rng.seed`` and ``counter.step``; hyper-parameters are ``hyper.<name>``; the new value of a
-state tensor is ``next.<name>``; the model's outputs are ``output``, or ``output.0``,
+``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); what a variant of SAM keeps of a
+parameter is ``memory.<key>.<parameter>``; an average is ``average.<name>``; a step that draws
+random numbers has ``rng.seed`` and ``counter.step``; hyper-parameters are ``hyper.<name>``; the new
+value of a state tensor is ``next.<name>``; the model's outputs are ``output``, or ``output.0``,
 ``output.logits`` where it returns several.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from sam_export.artifact.loss_scaling import LossScaling
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import ArtifactError
 
@@ -21,8 +23,11 @@ Role = Literal[
     "parameter",
     "buffer",
     "slot",
+    "memory",
+    "average",
     "counter",
     "rng",
+    "scaler",
     "hyper",
     "input",
     "target",
@@ -30,6 +35,12 @@ Role = Literal[
     "output",
     "stage",
 ]
+
+TRAINING = ("step", "base_step")
+"""Programs that train: they have the metrics as outputs, and new state."""
+
+AVERAGE = "average."
+"""Prefix of state that is the average of a parameter or a buffer."""
 
 STAGE = "stage."
 """Prefix of outputs that are gradients or perturbations, of a step captured with its stages."""
@@ -44,18 +55,29 @@ SEED = "rng.seed"
 """State of a step that draws random numbers: the seed, int64, as 64 bits; it never changes."""
 
 STEP = "counter.step"
-"""State of a step that draws random numbers: the number of the next step, int64. It advances by
-one with every step, skipped ones included; a step that raised is none."""
+"""State of a step that draws random numbers, and of periodic SAM: the number of the next step,
+int64. It advances by one with every step, skipped ones included; a step that raised is none."""
 
 STARTED = "counter.started"
-"""State of a step whose base optimizer treats its first update specially (SGD with dampening): 0
-before that update, 1 after it, int64. A step that changes nothing does not change it."""
+"""State of a step whose base optimizer (SGD with dampening) or variant (Friendly SAM) treats its
+first update specially: 0 before that update, 1 after it, int64. A step that changes nothing does
+not change it."""
+
+SCALE = "scaler.scale"
+"""State of a step with loss scaling: what the loss is multiplied by, float32."""
+
+GROWTH_TRACKER = "scaler.growth_tracker"
+"""State of a step with loss scaling: steps without an overflow since the scale changed, int64. Both
+change in a step that is not finite, too: that is how the scale is found."""
 
 METRICS = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite")
 """The scalar outputs of ``step``, in order; the fields of `StepResult`."""
 
 CLIPPED_METRIC = "perturbed_grad_norm"
 """One more of them, in a step that clips."""
+
+SCALED_METRIC = "loss_scale"
+"""One more of them, in a step with loss scaling: its scale, float64."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +89,9 @@ class TensorSpec:
         role: What it is for.
         dtype: NumPy's name of the element type (``float32``, ``int64``, ``bool``).
         shape: One entry per dimension: a size, or the name of a symbolic size (``"batch"``).
-        parameter: For a slot: the parameter it belongs to.
-        slot: For a slot: its key in ``optimizer.state[parameter]``.
+        parameter: For a slot or a memory: the parameter it belongs to.
+        slot: For a slot: its key in ``optimizer.state[parameter]``; for a memory: that in
+            ``SAM.memory[parameter]``.
         eager_dtype: For a slot: its dtype in the eager optimizer where that differs from ``dtype``
             (scalar slots are float64 in the graph).
         trainable: For a parameter: whether the step updates it.
@@ -107,7 +130,8 @@ class ProgramSpec:
     """One graph over the shared state.
 
     Attributes:
-        name: ``step``, ``evaluate`` or ``evaluate_loss``.
+        name: ``step``, ``evaluate``, ``evaluate_loss``; with periodic SAM also ``base_step``; with
+            an average of the weights also ``evaluate_average`` and ``evaluate_loss_average``.
         inputs: Names of the graph inputs, in order: state, hyper-parameters, batch.
         outputs: The graph outputs, in order: metrics, model outputs, new state.
         feeds: Output name to the name of the state input it replaces.
@@ -124,12 +148,14 @@ class StepContract:
     """Names, order, roles, dtypes and shapes of everything that goes in and out of a step.
 
     Attributes:
-        state: Parameters, then buffers, then slots, then seed and step number, in the order of the
-            graph inputs.
+        state: Parameters, then buffers, then slots, then memories and averages, then counters and
+            seed, in the order of the graph inputs.
         hyper: Hyper-parameters in the order of the graph inputs.
         batch: Inputs and targets in the order in which a batch holds them.
         batch_kind: Whether a batch is a tuple (by position) or a dict (by name).
         dims: Symbolic size to the smallest value it may take.
+        multiples: Symbolic size to a number that divides it in programs that train: the batch's, in
+            a step with several parts (`Semantics.micro_batches`).
         programs: The graphs, ``step`` first.
         output_tree: Structure of the model's output (see `artifact.tree`).
         groups: Names of the parameters of each optimizer parameter group.
@@ -137,6 +163,12 @@ class StepContract:
         baked: The base optimizer's other options, which are constants of the graphs: per parameter
             group, name to a JSON value. They are those that mean something for the result.
         perturbation: ``sam``, or the name of another one (``ASAM(eta=0.01)``).
+        variant: ``sam``, or the name of another one (``GSAM(alpha=0.4)``).
+        every: The step whose number (`STEP`) is divisible by it is ``step``, others ``base_step``.
+        ascent_steps: How many steps the ascent takes.
+        ema: ``EMA(decay=0.999, buffers='average')``, where an average of the weights is kept.
+        autocast: The dtype that autocast computes with (``float16``, ``bfloat16``), if any.
+        loss_scaling: How the scale of the loss changes, if it is scaled.
     """
 
     state: tuple[TensorSpec, ...]
@@ -150,6 +182,13 @@ class StepContract:
     optimizer: str
     baked: tuple[dict[str, Any], ...] = ()
     perturbation: str = "sam"
+    variant: str = "sam"
+    every: int = 1
+    ascent_steps: int = 1
+    ema: str | None = None
+    autocast: str | None = None
+    loss_scaling: LossScaling | None = None
+    multiples: dict[str, int] = field(default_factory=dict)
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `ArtifactError` when there is none."""
@@ -186,6 +225,7 @@ class StepContract:
             ArtifactError: A field is missing, unknown or of another type.
         """
         try:
+            scaling = values["loss_scaling"]
             return cls(
                 state=_specs(values["state"]),
                 hyper=tuple(
@@ -208,26 +248,36 @@ class StepContract:
                 optimizer=values["optimizer"],
                 baked=tuple(dict(group) for group in values["baked"]),
                 perturbation=values["perturbation"],
+                variant=values["variant"],
+                every=values["every"],
+                ascent_steps=values["ascent_steps"],
+                ema=values["ema"],
+                autocast=values["autocast"],
+                loss_scaling=None if scaling is None else LossScaling(**scaling),
+                multiples=dict(values["multiples"]),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error
 
 
 def metrics_of(semantics: Semantics) -> tuple[str, ...]:
-    """The scalar outputs of a step of these semantics, in order."""
+    """The scalar outputs that every step of these semantics has, in order."""
     return (*METRICS, CLIPPED_METRIC) if semantics.clips else METRICS
 
 
 def discarded_if_not_finite(program: ProgramSpec, semantics: Semantics) -> frozenset[str]:
     """The outputs of ``program`` whose new state is not kept when a step is not finite.
 
-    The step number is kept unless the step raises: the next step draws other random numbers.
+    The step number is kept unless the step raises: the next step draws other random numbers. So is
+    the scale of the loss, which an overflow lowers.
     """
     if semantics.on_nonfinite == "ignore":
         return frozenset()
     counts_on = semantics.on_nonfinite == "skip"
     return frozenset(
-        output for output, state in program.feeds.items() if state != STEP or not counts_on
+        output
+        for output, state in program.feeds.items()
+        if state not in (STEP, SCALE, GROWTH_TRACKER) or not counts_on
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args
 
 import numpy as np
 
-from sam_export.artifact.contract import METRICS, ProgramSpec, Role, StepContract
+from sam_export.artifact.contract import METRICS, TRAINING, ProgramSpec, Role, StepContract
 from sam_export.artifact.semantics import Semantics
 from sam_export.artifact.tree import flatten, unflatten
 from sam_export.errors import ArtifactError, SamExportError
@@ -174,7 +174,14 @@ def check_contract(contract: StepContract) -> None:
         _check_tensors(contract)
         _check_numbers(contract)
         _unique("programs", (program.name for program in contract.programs))
-        _require("step" in [p.name for p in contract.programs], "there is no program 'step'")
+        names = [program.name for program in contract.programs]
+        _require("step" in names, "there is no program 'step'")
+        _require(
+            _is_count(contract.every)
+            and contract.every >= 1
+            and ("base_step" in names) == (contract.every > 1),
+            f"every={contract.every!r} with the programs {', '.join(names)}",
+        )
         for program in contract.programs:
             _check_program(contract, program)
     except ArtifactError:
@@ -197,7 +204,8 @@ def _check_tensors(contract: StepContract) -> None:
             f"{spec.name}: the shape of state is fixed, found {spec.description}",
         )
         _require(
-            spec.role != "slot" or (spec.parameter in parameters and bool(spec.slot)),
+            spec.role not in ("slot", "memory")
+            or (spec.parameter in parameters and bool(spec.slot)),
             f"{spec.name}: slot {spec.slot!r} of an unknown parameter {spec.parameter!r}",
         )
     for spec in contract.batch:
@@ -212,6 +220,11 @@ def _check_tensors(contract: StepContract) -> None:
 def _check_numbers(contract: StepContract) -> None:
     _require(contract.batch_kind in ("tuple", "dict"), f"batch_kind {contract.batch_kind!r}")
     _require(all(_is_count(least) for least in contract.dims.values()), f"dims {contract.dims}")
+    for name, count in contract.multiples.items():
+        _require(
+            _is_count(count) and count > 1 and contract.dims.get(name, 1) % count == 0,
+            f"multiples {contract.multiples} with dims {contract.dims}",
+        )
     for hyper in contract.hyper:
         _require(
             len(hyper.defaults) == len(contract.groups) and all(map(math.isfinite, hyper.defaults)),
@@ -237,9 +250,9 @@ def _check_program(contract: StepContract, program: ProgramSpec) -> None:
             and outputs[source].shape == state[destination].shape,
             f"{program.name}: output {source!r} cannot become the state {destination!r}",
         )
-    if program.name == "step":
+    if program.name in TRAINING:
         missing = [name for name in METRICS if name not in outputs]
-        _require(not missing, f"step lacks the outputs {', '.join(missing)}")
+        _require(not missing, f"{program.name} lacks the outputs {', '.join(missing)}")
     leaves = [spec.name for spec in program.outputs if spec.role == "output"]
     if leaves:
         placed, _ = flatten(unflatten(contract.output_tree, [np.empty(0)] * len(leaves)))

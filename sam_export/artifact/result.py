@@ -60,6 +60,8 @@ class StepResult:
             and ``g_adv.<parameter>``.
         perturbed_grad_norm: With clipping (`Semantics.clip_norm`, ``clip_value``): global L2 norm
             of ``g_adv`` before it, else None. Scalar.
+        loss_scale: With loss scaling: the scale that this step's losses were multiplied by, else
+            None. Scalar, float64.
     """
 
     loss: Any
@@ -70,3 +72,4 @@ class StepResult:
     outputs: Any = None
     stages: Mapping[str, Any] = field(default_factory=dict)
     perturbed_grad_norm: Any = None
+    loss_scale: Any = None

@@ -40,12 +40,20 @@ class Semantics:
         clip_value: Largest magnitude of an element of ``g_adv``, as
             `torch.nn.utils.clip_grad_value_`. With either, ``StepResult.perturbed_grad_norm`` is
             the norm before clipping.
+        micro_batches: Into how many equal, consecutive parts a step splits its batch, inside the
+            graph. Parts go through the model one after the other; loss and gradients are means
+            over the parts. See `step.micro_batches`.
+        perturbation_per: With several parts: ``"batch"``: one perturbation, from the mean of the
+            parts' gradients, for all of them: the unsplit step, in less memory.
+            ``"micro_batch"``: each part is perturbed by its own gradient, and the update gets the
+            mean of the parts' ``g_adv`` (m-sharpness, with ``m`` the examples of a part).
 
     Raises:
         StepConfigError: A field has a value that is not listed here.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
-        Improving Generalization", 2021, https://arxiv.org/abs/2010.01412; SAM-ON: Mueller, Vlaar,
+        Improving Generalization", 2021, https://arxiv.org/abs/2010.01412 (m-sharpness: section
+        4.1); SAM-ON: Mueller, Vlaar,
         Rolnick, Hein, "Normalization Layers Are All That Sharpness-Aware Minimization Needs", 2023,
         https://arxiv.org/abs/2306.04226
     """
@@ -58,6 +66,8 @@ class Semantics:
     norm_over: Literal["all", "perturbed"] = "all"
     clip_norm: float | None = None
     clip_value: float | None = None
+    micro_batches: int = 1
+    perturbation_per: Literal["batch", "micro_batch"] = "batch"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -65,6 +75,9 @@ class Semantics:
             value = getattr(self, field.name)
             if field.name in ("clip_norm", "clip_value"):
                 _check_clip(field.name, value)
+                continue
+            if field.name == "micro_batches":
+                _check_count(field.name, value)
                 continue
             allowed = (True, False) if hints[field.name] is bool else get_args(hints[field.name])
             if not any(value is choice or value == choice for choice in allowed):
@@ -77,6 +90,11 @@ class Semantics:
     def clips(self) -> bool:
         """Whether ``g_adv`` is clipped."""
         return self.clip_norm is not None or self.clip_value is not None
+
+    @property
+    def perturbs_each_part(self) -> bool:
+        """Whether there are several perturbations in one step, one for each part of the batch."""
+        return self.micro_batches > 1 and self.perturbation_per == "micro_batch"
 
     @classmethod
     def eager_loop(cls) -> Semantics:
@@ -110,3 +128,8 @@ def _check_clip(name: str, value: Any) -> None:
         raise StepConfigError(
             f"Semantics({name}={value!r}): expected a finite number above 0, or None."
         )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise StepConfigError(f"Semantics({name}={value!r}): expected an integer of at least 1.")

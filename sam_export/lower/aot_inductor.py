@@ -9,7 +9,12 @@ from torch import Tensor
 
 from sam_export._compat import aot_inductor, inductor
 from sam_export.artifact.checkpoint import fingerprint
-from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
+from sam_export.artifact.contract import (
+    TRAINING,
+    ProgramSpec,
+    StepContract,
+    discarded_if_not_finite,
+)
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.artifact.machine import this_machine
 from sam_export.errors import LoweringError
@@ -91,12 +96,25 @@ def _mutating(
     for index, item in enumerate(inputs):
         marks = {d: name for d, name in enumerate(item.shape) if isinstance(name, str)}
         for name in marks.values():
-            least = contract.dims[name] if spec.name == "step" else min(contract.dims[name], 1)
-            symbols.setdefault(name, torch.export.Dim(name, min=least))
+            symbols.setdefault(name, _dim(contract, spec, name))
         # Any size will do but 0 and 1, which torch takes for constants.
-        sizes = [max(4, contract.dims[n]) if isinstance(n, str) else n for n in item.shape]
+        sizes = [
+            max(4, contract.dims[n]) * contract.multiples.get(n, 1) if isinstance(n, str) else n
+            for n in item.shape
+        ]
         shape = (1,) if index in scalars else tuple(sizes)
         dtype = getattr(torch, item.dtype)
         examples.append(torch.zeros(shape, dtype=dtype, device=device))
         shapes.append({d: symbols[name] for d, name in marks.items()})
     return inductor.exported(Program(), tuple(examples), tuple(shapes))
+
+
+def _dim(contract: StepContract, spec: ProgramSpec, name: str) -> Any:
+    """A symbolic size of a program, with its least value; in a step with parts, a multiple."""
+    least = contract.dims[name]
+    if spec.name not in TRAINING:
+        return torch.export.Dim(name, min=min(least, 1))
+    count = contract.multiples.get(name, 1)
+    if count == 1:
+        return torch.export.Dim(name, min=least)
+    return count * torch.export.Dim(f"{name}_part", min=least // count)

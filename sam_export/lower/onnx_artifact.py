@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
+from sam_export.artifact.contract import TRAINING, ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import random_details
@@ -26,12 +26,19 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
 """Those whose versions shape an ONNX model."""
 
 
-def refuse(captured: CapturedStep) -> None:
+def refuse(captured: CapturedStep, device: str) -> None:
     """Refuses a step that no ONNX model can hold.
 
     Raises:
-        LoweringError: It draws from torch's generator, or has kernels that ONNX lacks.
+        LoweringError: It draws from torch's generator, has kernels that ONNX lacks, or computes in
+            bfloat16 where no kernel does.
     """
+    if captured.contract.autocast == "bfloat16" and device == "cpu":
+        raise LoweringError(
+            "The step casts to bfloat16 (autocast=torch.bfloat16), and ONNX Runtime's CPU has no "
+            "kernels for it. Use autocast=torch.float16 with loss_scaling=LossScaling(), or a "
+            "torch target."
+        )
     if captured.random_ops:
         counted = ", ".join(sorted(set(captured.random_ops)))
         raise LoweringError(
@@ -63,11 +70,13 @@ def lower_with(captured: CapturedStep, target: str, tables: Tables, device: str 
         LoweringError: The step draws from torch's generator, or an operator has no ONNX form, or
             no kernel on the device.
     """
-    refuse(captured)
+    refuse(captured, device)
     if device == "cuda":
         tables = cuda_tables(tables)
     files: dict[str, LoweredFile] = {}
-    details: dict[str, Any] = {"opset": OPSET, "ir_version": IR_VERSION, "device": device}
+    details: dict[str, Any] = {
+        "opset": OPSET, "ir_version": IR_VERSION, "device": device, "in_place": {}
+    }  # fmt: skip
     drawn: dict[str, Any] = {}
     for spec in captured.contract.programs:
         _refuse_derived_sizes(captured, spec)
@@ -77,13 +86,15 @@ def lower_with(captured: CapturedStep, target: str, tables: Tables, device: str 
         if device == "cuda":
             on_host = sizes_on_device(model)
             refuse_without_cuda_kernel(model, spec, target, program, on_host)
-        if spec.name == "step":
+        if spec.name in TRAINING:
             discarded = discarded_if_not_finite(spec, captured.semantics)
             if discarded and device == "cuda":
                 select_update(model, spec, discarded)
             elif discarded:
                 guard_update(model, spec, discarded)
-            details["in_place"] = in_place(model, spec)
+            # What one program may not overwrite has two buffers, for all of them.
+            for state, reason in in_place(model, spec).items():
+                details["in_place"][state] = details["in_place"].get(state) or reason
         name = f"{spec.name}.onnx"
         files[spec.name] = LoweredFile(name, checked(name, ir.to_proto(model)))
     details |= random_details(captured, made_by="session")

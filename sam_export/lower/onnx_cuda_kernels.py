@@ -14,6 +14,7 @@ Some are avoided: elementary functions become arithmetic, as they do in float64 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
@@ -53,7 +54,8 @@ MEANT_FOR = {
 def cuda_tables(tables: Tables) -> Tables:
     """``tables``, with elementary functions as arithmetic where CUDA has no kernel for them."""
     own = {overload(f"aten::{name}"): IN_EVERY_DTYPE[f"aten::{name}"] for name in _ELEMENTARY}
-    return Tables(tables.forms, tables.decomposed, {**tables.own_decompositions, **own})
+    own_decompositions = {**tables.own_decompositions, **own}
+    return replace(tables, own_decompositions=own_decompositions, has_float16=True)
 
 
 def refuse_without_cuda_kernel(

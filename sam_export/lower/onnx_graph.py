@@ -14,6 +14,7 @@ import torch
 from sam_export._compat import onnx_exporter, origins
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError
+from sam_export.lower.float16_rounding import rounding_to_float16
 from sam_export.lower.onnx_ops import PORTABLE
 from sam_export.lower.onnx_ops.table import Tables
 from sam_export.lower.onnx_passes import simplify
@@ -61,6 +62,8 @@ def onnx_model(
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
+    if not tables.has_float16:
+        program = rounding_to_float16(program)
     own = {**tables.own_decompositions, **DRAWS_AS_PLACES}
     reasons: dict[Any, str] = {}
     with origins.numbered(program.graph if provenance else None):

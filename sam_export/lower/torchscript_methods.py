@@ -10,6 +10,7 @@ from torch import fx
 
 from sam_export.artifact.contract import (
     HYPER,
+    TRAINING,
     ProgramSpec,
     StepContract,
     TensorSpec,
@@ -32,6 +33,9 @@ CONSTANTS = "constants"
 
 STEP_COUNT = "step_count"
 """Attribute that counts the steps, skipped ones included; one that raised is none."""
+
+OUTPUTS = ("evaluate", "evaluate_average")
+"""Programs that return what the model does."""
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 
@@ -65,6 +69,26 @@ def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str
     for spec in contract.programs:
         parts.append(_unchecked(contract, semantics, spec, graphs[spec.name]))
         parts.append(_checked(contract, semantics, spec))
+    return "\n".join("\n".join(part) + "\n" for part in parts)
+
+
+def inference_source(contract: StepContract, semantics: Semantics, graph: fx.Graph) -> str:
+    """The source of a module that holds parameters and buffers and evaluates: ``forward(*inputs)``.
+
+    Args:
+        contract: Names, dtypes and shapes.
+        semantics: What one step means.
+        graph: Of the program ``evaluate``, which draws no random numbers.
+    """
+    spec = contract.program("evaluate")
+    _, arguments = _arguments(contract, spec)
+    checked = _checked(contract, semantics, spec)
+    returns = checked[0].rpartition(" -> ")[2].removesuffix(":")
+    forward = [
+        _signature("forward", list(arguments.values()), returns),
+        f"    return self.evaluate({', '.join(arguments.values())})",
+    ]
+    parts = [_name_of_dtype(), _unchecked(contract, semantics, spec, graph), checked, forward]
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 
@@ -214,13 +238,13 @@ def _checked(contract: StepContract, semantics: Semantics, spec: ProgramSpec) ->
     body = _batch_checks(contract, spec, arguments)
     call = f"self.{spec.name}_unchecked({', '.join(arguments.values())})"
     outputs = reported(spec)
-    if spec.name == "step":
+    if spec.name in TRAINING:
         returns = "Dict[str, Tensor]"
-        body.append(f"results = {call}")
+        body += _by_number(contract, spec, call)
         if semantics.on_nonfinite == "raise":
             body += _refuse_nonfinite(outputs)
         body.append(_dict([output.name for output in outputs]))
-    elif len(outputs) == 1 and (contract.output_tree == "tensor" or spec.name != "evaluate"):
+    elif len(outputs) == 1 and (contract.output_tree == "tensor" or spec.name not in OUTPUTS):
         returns = "Tensor"
         body.append(f"return {call}[0]")
     else:
@@ -228,6 +252,19 @@ def _checked(contract: StepContract, semantics: Semantics, spec: ProgramSpec) ->
         body.append(f"results = {call}")
         body.append(_dict([output.name.removeprefix("output.") for output in outputs]))
     return [_signature(spec.name, list(arguments.values()), returns), *indented(body)]
+
+
+def _by_number(contract: StepContract, spec: ProgramSpec, call: str) -> list[str]:
+    """The call of a program that trains: ``step`` of periodic SAM is mostly that of the base."""
+    if spec.name != "step" or contract.every == 1:
+        return [f"results = {call}"]
+    base = call.replace("self.step_unchecked", "self.base_step_unchecked")
+    return [
+        f"if self.{STEP_COUNT} % {contract.every} == 0:",
+        f"    results = {call}",
+        "else:",
+        f"    results = {base}",
+    ]
 
 
 def _dict(keys: Sequence[str]) -> str:
@@ -272,9 +309,13 @@ def _batch_checks(
             if size not in where:
                 where[size] = f"{value}.size({d})"
                 least = contract.dims[size]
-                least = least if spec.name == "step" else min(least, 1)
+                least = least if spec.name in TRAINING else min(least, 1)
                 text = f"{size} is {{}} in batch tensor {item.name!r}; it must be at least {least}"
                 wrong_size = f"{where[size]} < {least}"
+                count = contract.multiples.get(size, 1)
+                if spec.name in TRAINING and count > 1:
+                    text += f", and a multiple of {count}"
+                    wrong_size += f" or {where[size]} % {count} != 0"
                 shown = where[size]
             else:
                 text = f"{size} is {{}} in batch tensor {item.name!r}, but {{}} in another"

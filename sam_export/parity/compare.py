@@ -38,6 +38,8 @@ class Sample:
         note: Why the pairing failed, for people.
         known: Part of the change by which the target's runtime is known to be off (its artifact
             says so, and derives it).
+        wide: With autocast: distance of the oracle without its casts from the judge, that is the
+            part of the noise that sums in float32 have; else None.
     """
 
     change: float
@@ -47,6 +49,7 @@ class Sample:
     exact: bool = False
     note: str = ""
     known: float = 0.0
+    wide: float | None = None
 
 
 def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
@@ -57,12 +60,12 @@ def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
         found: What the target has now; without counters and generators.
         initial: What the target had at first. A slot that eager has not made must still be that.
     """
-    made = {name.split(".", 2)[2] for name in expected if name.startswith("slot.")}
+    made = {name for name in map(_slot_of, expected) if name}
     problems: dict[str, str] = {}
     for name in found:
         if name in expected:
             continue
-        waits = name.startswith("slot.") and name.split(".", 2)[2] not in made
+        waits = bool(_slot_of(name)) and _slot_of(name) not in made
         if not waits:
             problems[name] = "eager has no such tensor"
         elif not np.array_equal(found[name], initial[name]):
@@ -86,6 +89,12 @@ def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
     return problems
 
 
+def _slot_of(name: str) -> tuple[str, str] | None:
+    """Kind and parameter of a slot, or of what a variant keeps; None: it is neither."""
+    kind, _, rest = name.partition(".")
+    return (kind, rest.partition(".")[2]) if kind in ("slot", "memory") else None
+
+
 def measure(
     start: State,
     after: State,
@@ -95,6 +104,7 @@ def measure(
     tol: Tolerances,
     untrained: Collection[str] = (),
     buffers: Collection[str] = (),
+    wide: tuple[State, State] | None = None,
 ) -> dict[str, Sample]:
     """What a right target may differ by, per state tensor, with no target yet.
 
@@ -107,6 +117,7 @@ def measure(
         tol: For the rounding of a single step.
         untrained: Parameters that got no gradient. They must stay exactly what they are.
         buffers: Names of the buffers; those that no run changes must stay what they are too.
+        wide: With autocast: (start, after) of an oracle run without its casts.
 
     Raises:
         ParityError: An oracle run is not finite, so there is nothing to compare with.
@@ -131,6 +142,7 @@ def measure(
             noise=noise,
             rounding=tol.half_ulp * eps(array) * norm(array.astype(np.float64)) * math.sqrt(steps),
             exact=name in untrained or (is_constant and name in buffers),
+            wide=None if wide is None else norm(change(*wide, name) - reference),
         )
     return samples
 
@@ -166,7 +178,12 @@ def with_errors(
 
 
 def metric_sample(
-    judge: float, runs: Sequence[float], found: float, dtype: str, steps: int
+    judge: float,
+    runs: Sequence[float],
+    found: float,
+    dtype: str,
+    steps: int,
+    wide: float | None = None,
 ) -> Sample:
     """A scalar result of the step, measured like a tensor whose change is its value."""
     error = abs(found - judge)
@@ -176,6 +193,7 @@ def metric_sample(
         rounding=float(np.finfo(np.dtype(dtype)).eps) * abs(judge) * math.sqrt(steps),
         error=error if math.isfinite(error) else math.inf,
         note="" if math.isfinite(found) else "not finite in the target",
+        wide=None if wide is None else abs(wide - judge),
     )
 
 

@@ -9,10 +9,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
+from sam_export.parity.tolerances import Tolerances
 
 SMALLEST = 3
 """Fewer examples than this cannot be permuted to any effect: a + b is b + a, bit for bit."""
+
+
+def moves(dtype: str, casts_to: torch.dtype | None, tol: Tolerances) -> tuple[float, float]:
+    """How far weights and inputs are moved, in roundings of ``dtype``: for a retest, for a draw.
+
+    Args:
+        dtype: The model's.
+        casts_to: Dtype of autocast, whose roundings count then; None: no autocast.
+        tol: How many of them.
+    """
+    if casts_to is None:
+        return tol.nudge, 1.0
+    unit = torch.finfo(casts_to).eps / float(np.finfo(dtype).eps)
+    return tol.narrow_nudge * unit, tol.narrow_jitter * unit
+
+
+def about_casts(casts_to: torch.dtype, tol: Tolerances) -> str:
+    """By what rule a step with autocast passes, for people."""
+    name = str(casts_to).removeprefix("torch.")
+    return (
+        f"autocast to {name}, judged by float64 without it: an error passes up to {tol.narrow:g} "
+        f"floors, and {tol.factor:g} times what eager's floor is without the casts"
+    )
 
 
 def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
@@ -28,10 +52,16 @@ def examples(batch: Batch) -> int:
     return next((len(value) for value in values if len(value.shape)), 1)
 
 
-def permuted(batch: Batch, rng: np.random.Generator) -> Batch:
-    """The same examples in another order."""
+def can_permute(batch: Batch, parts: int) -> bool:
+    """Whether each part of a batch has enough examples for their order to matter."""
+    return examples(batch) >= SMALLEST * parts
+
+
+def permuted(batch: Batch, rng: np.random.Generator, parts: int = 1) -> Batch:
+    """The same examples in another order; of several equal parts, each keeps its examples."""
     count = examples(batch)
-    order = rng.permutation(count)
+    length = count // parts
+    order = np.concatenate([at + rng.permutation(length) for at in range(0, count, length)])
 
     def reordered(value: Any) -> Any:
         if not len(value.shape) or len(value) != count:

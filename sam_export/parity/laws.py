@@ -18,7 +18,9 @@ import torch
 
 from sam_export.parity.compare import Sample, metric_sample
 from sam_export.parity.disturb import examples, map_batch, permuted
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
+from sam_export.parity.oracle_once import loss_and_gradient
 from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.rollout import Run, compared_from
 from sam_export.parity.tolerances import Tolerances
@@ -106,6 +108,8 @@ def _radius(run: Run, panel: Panel, tol: Tolerances) -> Law:
     """The perturbation has the norm rho."""
     if panel.judge.perturbation is not None or panel.judge.adaptive is not None:
         return _not_applicable("the perturbation is another one than SAM's")
+    if panel.judge.ascent_steps > 1:
+        return _not_applicable("several ascent steps do not go straight")
     radii = set(panel.rho)
     if len(radii) > 1:
         return _not_applicable("groups have different rho")
@@ -132,7 +136,7 @@ def _base_optimizer(run: Run, panel: Panel, tol: Tolerances) -> Law:
         plain = panel.base_step(panel.start, batch)
         for name, value in this.judge.state.items():
             other = plain.get(name)
-            if other is None or value.dtype.kind != "f":
+            if other is None or value.dtype.kind != "f" or name in panel.scaler:
                 continue
             moved = np.linalg.norm(value - panel.start[name]) if name in panel.start else 1.0
             if float(np.linalg.norm(value - other)) > 1e-9 * max(float(moved), 1e-12):
@@ -159,7 +163,9 @@ def _permuted(run: Run, panel: Panel, tol: Tolerances) -> Law:
     batch = panel.batch(0)
     if examples(batch) < 2:
         return _not_applicable("one example has no order")
-    return _same_metrics(run, panel, tol, batch, permuted(batch, np.random.default_rng(panel.seed)))
+    return _same_metrics(
+        run, panel, tol, batch, permuted(batch, np.random.default_rng(panel.seed), panel.parts)
+    )
 
 
 def _not_finite(run: Run, panel: Panel, tol: Tolerances) -> Law:
@@ -195,7 +201,8 @@ def _same_metrics(run: Run, panel: Panel, tol: Tolerances, one: Batch, other: Ba
     found = compared_from(run, panel, panel.start, other, {}).metrics
     for name in METRICS:
         eager = [each.metrics[name] for this in (first, second) for each in this.runs]
-        sample = metric_sample(judges[0][name], eager, found[name], panel.dtype, 1)
+        wide = None if second.wide is None else second.wide.metrics[name]
+        sample = metric_sample(judges[0][name], eager, found[name], panel.dtype, 1, wide)
         _, bound = floor_and_bound(
             sample, sample.noise, tol.relative(panel.dtype, "lock-step"), tol
         )
@@ -238,7 +245,7 @@ def _slope(
 ) -> tuple[float, dict[str, Any]]:
     panel.seed_generators(0)
     oracle.load(point)
-    return oracle.loss_and_gradient(batch)
+    return loss_and_gradient(oracle, batch)
 
 
 def _perturbed(panel: Panel, point: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ gets from any step, with selections in it, and one artifact (one compilation) ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from sam_export.artifact.contract import NEXT, STEP
 from sam_export.parity.faults import SELECTOR, Faults
 from sam_export.parity.mutants import MUTANTS, NUMBERS, ModelName
 from sam_export.step.batch import BatchLayout
-from sam_export.step.draws import Draws
-from sam_export.step.passes import Objective, Passes
+from sam_export.step.gradient import Objective
+from sam_export.step.passes import Passes
 from sam_export.step.sam import SAM
 from sam_export.step.train_step import TrainStep
 from sam_export.step.update import Slots, apply_update
@@ -55,7 +55,14 @@ class MutatedStep(TrainStep):
     def __init__(self, kind: ModelName, step: TrainStep) -> None:
         assert isinstance(step.optimizer, SAM)
         super().__init__(
-            step.model, step.loss_fn, step.optimizer, step.num_targets, step.semantics, step.seed
+            step.model,
+            step.loss_fn,
+            step.optimizer,
+            step.num_targets,
+            step.semantics,
+            step.seed,
+            step.autocast,
+            step.loss_scaling,
         )
         self._kind = kind
         self._faults: Faults | None = None
@@ -69,7 +76,7 @@ class MutatedStep(TrainStep):
         turned = [faults.pick("other dropout mask", v.flip(0), v) for v in values]
         return faults.between(right, super().objective(layout, turned))
 
-    def pure(
+    def pure(  # type: ignore[override]
         self,
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
@@ -77,11 +84,7 @@ class MutatedStep(TrainStep):
         hyper: Mapping[str, Tensor],
         layout: BatchLayout,
         values: Sequence[Tensor],
-        at: Callable[[str], None] = lambda stage: None,
-        watch: Callable[[Tensor], None] = lambda loss: None,
-        draws: Draws | None = None,
-        stages: dict[str, Tensor] | None = None,
-        started: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
         """`TrainStep.pure`, with the selected fault."""
         faults = Faults(self._kind, buffers[SELECTOR], values)
@@ -92,7 +95,7 @@ class MutatedStep(TrainStep):
         self._faults = faults
         try:
             passes, updated, new_slots = super().pure(
-                parameters, buffers, given, hyper, layout, values, at, watch, draws, stages, started
+                parameters, buffers, given, hyper, layout, values, **options
             )
         finally:
             self._faults = None

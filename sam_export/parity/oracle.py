@@ -8,24 +8,29 @@ careful person writes it by hand, for clarity, not for speed.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sam_export.parity.oracle_average import OracleAverage
+from sam_export.parity.oracle_batch import Batch, loss_of
+from sam_export.parity.oracle_parts import Rounds, parts_of
+from sam_export.parity.oracle_precision import OraclePrecision, wide_norm
 from sam_export.parity.oracle_random import OracleDraws
 from sam_export.parity.oracle_slots import OracleSlots
-from sam_export.parity.oracle_variants import clip, other_perturbation
+from sam_export.parity.oracle_state import OracleState
+from sam_export.parity.oracle_surroundings import (
+    default_dtype,
+    generator_states,
+    set_generator_states,
+)
+from sam_export.parity.oracle_variants import OracleVariant, clip, other_perturbation
 
-Batch = Sequence[Any] | Mapping[str, Any]
 
-
-class Oracle:
+class Oracle(OracleState):
     """Eager SAM on its own copy of a model and a base optimizer.
 
     One step, with ``i`` over the parameters that have a gradient and ``k(i)`` their group::
@@ -59,6 +64,14 @@ class Oracle:
         adaptive: For adaptive SAM: its ``eta``.
         clip_norm: Of ``g_adv``, by `torch.nn.utils.clip_grad_norm_`, after ``clip_value``.
         clip_value: Of ``g_adv``, by `torch.nn.utils.clip_grad_value_`.
+        precision: Autocast and loss scaling; None: neither.
+        variant: GSAM, Friendly SAM or LookSAM; None: SAM itself.
+        every: Only a step whose number is divisible by it is one of SAM.
+        average: Of the weights, over the steps; None: there is none.
+        ascent_steps: How many steps lead to ``w + eps``, each of length ``rho / ascent_steps``.
+        micro_batches: Into how many equal parts a batch is cut; gradients are means over them.
+        perturbation_per: ``"batch"``, or ``"micro_batch"``: all up to the second gradient is done
+            for each part alone, and the update gets the mean.
 
     Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
         Improving Generalization", 2021, https://arxiv.org/abs/2010.01412, algorithm 1.
@@ -83,6 +96,13 @@ class Oracle:
         adaptive: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        precision: OraclePrecision | None = None,
+        variant: OracleVariant | None = None,
+        every: int = 1,
+        ascent_steps: int = 1,
+        average: OracleAverage | None = None,
+        micro_batches: int = 1,
+        perturbation_per: str = "batch",
     ) -> None:
         # One deepcopy, so that the copied optimizer holds the copied model's parameters.
         memo: dict[int, Any] = {}
@@ -109,6 +129,12 @@ class Oracle:
         self.decay_in_ascent = decay_in_ascent
         self.norm_over, self.perturbation, self.adaptive = norm_over, perturbation, adaptive
         self.clip_norm, self.clip_value = clip_norm, clip_value
+        self.precision = precision or OraclePrecision()
+        self.variant = variant or OracleVariant()
+        self.average = average or OracleAverage()
+        self.every, self.ascent_steps = every, ascent_steps
+        self.micro_batches, self.perturbation_per = micro_batches, perturbation_per
+        self._drawn = self._first_draw = 0
         self.keeps_stages = False
         """Whether a snapshot holds the gradients and perturbations of the last step."""
         self.stages: dict[str, Tensor] = {}
@@ -125,155 +151,201 @@ class Oracle:
             for key, value in entries.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     entries[key] = value.double()
-        self.is_double = True
+        self.variant.double()
+        self.average.double()
+        self.is_double = self.precision.is_exact = True
         return self
 
     # -- one step -----------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> dict[str, float | bool]:
+    def step(self, batch: Batch, overflows: bool = False) -> dict[str, float | bool]:
         """Runs one SAM step.
 
         Args:
             batch: A tuple (inputs, then targets) or a dict (inputs are named after ``forward``'s
                 parameters, the other entries are targets) of tensors or NumPy arrays.
+            overflows: The step is not finite, whatever is found: float64 has room for what
+                overflows in float16.
 
         Returns:
             ``loss``, ``perturbed_loss``, ``grad_norm``, ``perturbation_norm`` and ``finite``.
         """
-        with torch.enable_grad(), self._default_dtype():
-            result = self._step(self.tensors(batch))
+        with torch.enable_grad(), default_dtype(self.is_double):
+            result = self._step(self.tensors(batch), overflows)
         self.step_count += int(bool(result["finite"]) or self.on_nonfinite != "raise")
         return result
 
-    def base_step(self, batch: Batch) -> None:
-        """One step of the base optimizer alone: one pass, no perturbation."""
-        with torch.enable_grad(), self._default_dtype():
-            self._zero_grad()
-            with self._drawing(0):
-                self._loss(self.tensors(batch)).backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self._zero_grad()
-
-    def loss_and_gradient(self, batch: Batch) -> tuple[float, dict[str, NDArray[Any]]]:
-        """Loss and gradient at the current weights, by name; buffers are put back."""
-        buffers = list(self.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        with torch.enable_grad(), self._default_dtype():
-            self._zero_grad()
-            with self._drawing(0):
-                loss = self._loss(self.tensors(batch))
-                loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self._put_back(buffers, before)
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        gradient = {
-            name: _array(p.grad)
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and id(p) in held
-        }
-        self._zero_grad()
-        return float(loss.detach()), gradient
-
-    def _step(self, batch: Batch) -> dict[str, float | bool]:
-        groups = self.optimizer.param_groups
-        buffers = list(self.model.buffers())
+    def _step(self, batch: Batch, overflows: bool) -> dict[str, float | bool]:
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
         buffers_at_start = [buffer.clone() for buffer in buffers]
-        generators = self._generators()
-
-        stages: dict[str, Tensor] = {}
-        name_of: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-
-        # First pass, at w.
-        self._zero_grad()
-        with self._drawing(0) as draws:
-            loss = self._loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        self.draws = draws.next
-        buffers_after_ascent = [buffer.clone() for buffer in buffers]
-        old: list[tuple[Tensor, Tensor]] = []
-        perturbations: list[Tensor] = []
+        kept_at_start = self.variant.copy_of_kept()
+        self._drawn = 0
+        parts = parts_of(batch, self.micro_batches)
+        # Parts that share one perturbation make a round.
+        per_part = self.perturbation_per == "micro_batch"
+        rounds = Rounds(len(parts) if per_part else 1)
+        for members in [[part] for part in parts] if per_part else [parts]:
+            self._round(members, rounds)
+        self.draws = self._drawn
         with torch.no_grad():
-            if self.decay_in_ascent:
-                for group in groups:
-                    for p in group["params"]:
-                        if p.grad is not None:
-                            p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
-            grad_norm = self._grad_norm()
-            others = other_perturbation(
-                self.model, groups, self.radius, self.perturbation, self.adaptive
-            )
-            norm = grad_norm
-            if self.norm_over == "perturbed":
-                held = [(p, g[self.radius]) for g in groups for p in g["params"]]
-                norm = self._grad_norm([radius for p, radius in held if p.grad is not None])
-            for group in groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        if self.norm_over == "tensor":
-                            norm = p.grad.norm()
-                        e = group[self.radius] * p.grad / (norm.to(p.device) + 1e-12)
-                        e = (e if others is None else others[name_of[p]]).to(p.dtype)
-                        old.append((p, p.clone()))
-                        perturbations.append(e)
-                        p.add_(e)
-                        if self.keeps_stages:
-                            stages[f"g.{name_of[p]}"] = p.grad.clone()
-                            stages[f"eps.{name_of[p]}"] = p - old[-1][1]
-            perturbation_norm = _norm(perturbations)
-
-        # Second pass, at w + eps.
-        self._zero_grad()
-        if self.randomness == "same":
-            self._set_generators(generators)
-        with self._drawing(0 if self.randomness == "same" else self.draws) as draws:
-            perturbed_loss = self._loss(batch)
-            perturbed_loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for p, value in old:
-                p.copy_(value)
-            self.without_gradient = self._without_gradient()
-            if self.keeps_stages:
-                stages |= {
-                    f"g_adv.{name_of[p]}": p.grad.clone() for p, _ in old if p.grad is not None
-                }
+            means = rounds.means()
+            scalars = [means["loss"], means["perturbed_loss"], *rounds.scalars["grad_norm"]]
+            if rounds.count > 1:
+                rounds.put_gradients("g", parameters)
+                means["grad_norm"] = self._grad_norm()
+                scalars += [means["grad_norm"], means["perturbation_norm"]]
+                rounds.put_gradients("g_adv", parameters)
             perturbed_grad_norm = self._grad_norm()
-            scalars = (loss, perturbed_loss, grad_norm, perturbed_grad_norm)
-            finite = all(bool(torch.isfinite(value)) for value in scalars)
-            self.stages = stages if finite else {}
+            scalars.append(perturbed_grad_norm)
+            finite = all(bool(torch.isfinite(value)) for value in scalars) and not overflows
+            self.stages = rounds.stages if finite else {}
             if not finite and self.on_nonfinite != "ignore":
                 self._put_back(buffers, buffers_at_start)
+                self.variant.kept = kept_at_start
             else:
-                if self.running_stats == "ascent":
-                    self._put_back(buffers, buffers_after_ascent)
-                clip(groups, self.clip_norm, self.clip_value)
+                clip(self.optimizer.param_groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
-        self._zero_grad()
+                self.average.take(self.model)
+        self.zero_grad()
+        scaled = self.precision.results()
+        self.precision.update(finite)
         clipping = {"perturbed_grad_norm": float(perturbed_grad_norm)} if self.clips else {}
         return {
             **clipping,
-            "loss": float(loss.detach()),
-            "perturbed_loss": float(perturbed_loss.detach()),
-            "grad_norm": float(grad_norm),
-            "perturbation_norm": float(perturbation_norm),
+            **scaled,
+            **{name: float(value) for name, value in means.items()},
             "finite": finite,
         }
 
+    def _round(self, members: Sequence[Batch], rounds: Rounds) -> None:
+        """Both passes of parts that share one perturbation; ends at ``w``, with ``g_adv``."""
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
+        generators = generator_states()
+        self._first_draw = self._drawn
+        stages: dict[str, Tensor] = {}
+
+        # First pass, at w.
+        loss = self._pass(members)
+        buffers_after_ascent = [buffer.clone() for buffer in buffers]
+        is_perturbed = self.step_count % self.every == 0
+        with torch.no_grad():
+            if is_perturbed:
+                self._add_decay()
+            grad_norm = self._grad_norm()
+            rounds.add_gradients("g", parameters)
+            w = {p: p.clone() for p in self._with_gradient()}
+            g = {name: p.grad.clone() for name, p in self._named(w) if p.grad is not None}
+        perturbed_loss = loss
+        steps: list[Tensor] = []
+        if is_perturbed:
+            self.variant.ascend(self._named(w))
+            for number in range(self.ascent_steps):
+                if number > 0:
+                    self._pass(members, generators)
+                    self._add_decay()
+                steps = self._climb(stages if number == 0 else {})
+            # Last pass, at w + eps.
+            perturbed_loss = self._pass(members, generators)
+        with torch.no_grad():
+            eps = {name: p - w[p] for name, p in self._named(w)}
+            # What was added: of one step more exactly than what came of it.
+            perturbation_norm = wide_norm(steps if len(steps) else list(eps.values()))
+            for p, value in w.items():
+                p.copy_(value)
+            self.without_gradient = self._without_gradient()
+            if self.keeps_stages and is_perturbed:
+                stages |= {f"eps.{name}": value for name, value in eps.items()}
+                stages |= {f"g_adv.{n}": p.grad for n, p in self._named(w) if p.grad is not None}
+                rounds.add_stages(stages)
+            if is_perturbed:
+                self.variant.descend(self._named(w), g)
+            else:
+                self.variant.between(self._named(w))
+            if self.running_stats == "ascent":
+                self._put_back(buffers, buffers_after_ascent)
+            rounds.add_gradients("g_adv", parameters)
+        rounds.note(
+            loss=loss, perturbed_loss=perturbed_loss,
+            grad_norm=grad_norm, perturbation_norm=perturbation_norm,
+        )  # fmt: skip
+
+    def _pass(self, members: Sequence[Batch], again: Any = None) -> Tensor:
+        """Mean loss, and its gradient, where the weights stand.
+
+        Args:
+            members: The parts of the batch.
+            again: In a later pass, where torch's generators stood before the first one.
+        """
+        self.zero_grad()
+        is_same = again is not None and self.randomness == "same"
+        if is_same:
+            set_generator_states(again)
+        total = torch.zeros(())
+        with self._drawing(self._first_draw if is_same else self._drawn) as draws:
+            for member in members:
+                loss = self._loss(member) / len(members)
+                self.precision.backward(loss)
+                total = total.to(loss) + loss.detach()
+        self.precision.unscale(self.model.parameters())
+        self._drawn = max(self._drawn, draws.next)
+        return total
+
+    def gradient(self, batch: Batch) -> Tensor:
+        """Loss where the weights stand; puts its gradient into them, and changes the buffers.
+
+        Args:
+            batch: As `tensors` makes it.
+        """
+        self._drawn = 0
+        with torch.enable_grad(), default_dtype(self.is_double):
+            return self._pass(parts_of(batch, self.micro_batches))
+
+    @torch.no_grad()
+    def _add_decay(self) -> None:
+        """The weight decay's part of the gradients, if it is ascended, too."""
+        for group in self.optimizer.param_groups if self.decay_in_ascent else ():
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.add_(p, alpha=group.get("weight_decay", 0.0))
+
+    @torch.no_grad()
+    def _climb(self, stages: dict[str, Tensor]) -> list[Tensor]:
+        """Moves the weights by ``eps`` of the gradients that are there, or by one step of it.
+
+        Returns:
+            What was added; nothing where it is only a step of the way.
+        """
+        groups = self.optimizer.param_groups
+        held = [(p, g[self.radius]) for g in groups for p in g["params"] if p.grad is not None]
+        names = {p: name for name, p in self.model.named_parameters()}
+        others = other_perturbation(
+            self.model, groups, self.radius, self.perturbation, self.adaptive, self.ascent_steps
+        )
+        radii = [radius for _, radius in held]
+        steps = []
+        norm = self._grad_norm(radii if self.norm_over == "perturbed" else None)
+        for p, radius in held:
+            assert p.grad is not None
+            if self.norm_over == "tensor":
+                norm = p.grad.norm()
+            e = radius / self.ascent_steps * p.grad / (norm.to(p.device) + 1e-12)
+            e = (e if others is None else others[names[p]]).to(p.dtype)
+            p.add_(e)
+            steps.append(e)
+            if self.keeps_stages:
+                stages[f"g.{names[p]}"] = p.grad.clone()
+        return steps if self.ascent_steps == 1 else []
+
+    def _with_gradient(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.grad is not None]
+
+    def _named(self, parameters: Collection[Tensor]) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p in parameters]
+
     def _loss(self, batch: Batch) -> Tensor:
-        if isinstance(batch, Mapping):
-            parameters = inspect.signature(self.model.forward).parameters
-            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-            count = len(batch) - (self.num_targets if self.loss_fn is not None else 0)
-            inputs = (
-                list(batch)[:count] if takes_any else [key for key in batch if key in parameters]
-            )
-            output = self.model(**{key: batch[key] for key in inputs})
-            targets = [value for key, value in batch.items() if key not in inputs]
-        else:
-            count = len(batch) - (self.num_targets if self.loss_fn is not None else 0)
-            output = self.model(*batch[:count])
-            targets = list(batch[count:])
-        loss: Tensor = output if self.loss_fn is None else self.loss_fn(output, *targets)
-        return loss
+        with self.precision.casting(self.device):
+            return loss_of(self.model, self.loss_fn, self.num_targets, batch)
 
     @property
     def clips(self) -> bool:
@@ -287,14 +359,10 @@ class Oracle:
         if radii is not None:
             chosen = [g for g, radius in zip(gradients, radii, strict=True) if radius]
             gradients = chosen or [torch.zeros_like(gradients[0])]
-        return _norm(gradients)
+        return wide_norm(gradients)
 
-    def _without_gradient(self) -> set[str]:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        named = self.model.named_parameters()
-        return {name for name, p in named if p.grad is None or id(p) not in held}
-
-    def _zero_grad(self) -> None:
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)  # parameters that the optimizer does not hold
 
@@ -302,36 +370,6 @@ class Oracle:
     def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
-
-    # -- state by name ------------------------------------------------------------------------
-
-    @property
-    def parameter_names(self) -> list[str]:
-        """Names of all parameters, frozen ones included; a tied one under its first name."""
-        return [name for name, _ in self.model.named_parameters()]
-
-    def snapshot(self) -> dict[str, NDArray[Any]]:
-        """Copies of parameters and buffers by torch's names, and slots as ``slot.<key>.<name>``.
-
-        Raises:
-            TypeError: The optimizer keeps something else than tensors and numbers.
-        """
-        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        state = {name: _array(value) for name, value in named.items()}
-        if self.is_counting:
-            state |= {"rng.seed": np.array(self.seed), "counter.step": np.array(self.step_count)}
-        state |= {f"stage.{name}": _array(value) for name, value in self.stages.items()}
-        return state | self._slots.snapshot(self.model, self.optimizer)
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """The inverse of `snapshot`; a slot that is not in ``state`` is one not made yet."""
-        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name, tensor in named.items():
-            tensor.copy_(torch.tensor(state[name]))
-        if self.is_counting:
-            self.seed, self.step_count = int(state["rng.seed"]), int(state["counter.step"])
-        self._slots.load(self.model, self.optimizer, state, self.is_double)
 
     @contextmanager
     def _drawing(self, first: int) -> Iterator[OracleDraws]:
@@ -341,55 +379,3 @@ class Oracle:
         else:
             with draws:
                 yield draws
-
-    # -- surroundings -------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter lives; batches are moved there."""
-        return next(self.model.parameters()).device
-
-    def tensors(self, batch: Batch) -> Batch:
-        """The batch on the model's device and, for the judge, in float64."""
-
-        def moved(value: Any) -> Tensor:
-            tensor = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
-            tensor = tensor.detach().to(self.device)
-            return tensor.double() if self.is_double and tensor.is_floating_point() else tensor
-
-        if isinstance(batch, Mapping):
-            return {key: moved(value) for key, value in batch.items()}
-        return [moved(value) for value in batch]
-
-    @contextmanager
-    def _default_dtype(self) -> Iterator[None]:
-        # Constants made in forward, and slots such as NAdam's mu_product, take the default dtype.
-        before = torch.get_default_dtype()
-        if self.is_double:
-            torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-    def _generators(self) -> tuple[Tensor, list[Tensor]]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return torch.get_rng_state(), cuda
-
-    @staticmethod
-    def _set_generators(states: tuple[Tensor, list[Tensor]]) -> None:
-        torch.set_rng_state(states[0])
-        if states[1]:
-            torch.cuda.set_rng_state_all(states[1])
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """One L2 norm over all tensors, in at least float32, on the device of the first one."""
-    wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
-    norm: Tensor = torch.norm(torch.stack([t.norm().to(tensors[0].device) for t in wide]))
-    return norm
-
-
-def _array(value: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = value.detach().cpu().numpy().copy()
-    return array

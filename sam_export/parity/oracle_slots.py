@@ -30,7 +30,7 @@ class OracleSlots:
         for name, p in model.named_parameters():
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
-                    state[f"slot.{key}.{name}"] = value.detach().cpu().numpy().copy()
+                    state[f"slot.{key}.{name}"] = host_copy(value)
                 elif _is_number(value):
                     state[f"slot.{key}.{name}"] = np.array(value, np.float64)
                 elif value is not None:
@@ -68,6 +68,12 @@ class OracleSlots:
                         kept[key] = self._numbers[key](value.item())
             if any(value is not None for value in kept.values()):
                 optimizer.state[p] = kept
+
+
+def host_copy(value: Tensor) -> NDArray[Any]:
+    """A tensor as an array of its own."""
+    array: NDArray[Any] = value.detach().cpu().numpy().copy()
+    return array
 
 
 def _is_number(value: Any) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups of a stock optimizer."""
+
+Named = Sequence[tuple[str, Tensor]]
+"""Parameters that have a gradient."""
 
 
 def other_perturbation(
@@ -18,6 +23,7 @@ def other_perturbation(
     radius: str,
     perturbation: Callable[..., Mapping[str, Tensor]] | None,
     adaptive: float | None,
+    ascent_steps: int = 1,
 ) -> Mapping[str, Tensor] | None:
     """``eps`` by name, of another kind than SAM's; None where it is SAM's.
 
@@ -27,12 +33,13 @@ def other_perturbation(
         radius: Under which key a group holds its radius.
         perturbation: The user's own function of (parameters, gradients, radii).
         adaptive: For adaptive SAM: its ``eta``. With ``t = |w| + eta``: ``rho t^2 g / ||t g||``.
+        ascent_steps: How many steps share the radius.
 
     Source: Kwon, Kim, Park, Choi, 2021, https://arxiv.org/abs/2102.11600, eq. 11.
     """
     if perturbation is None and adaptive is None:
         return None
-    radius_of = {p: group[radius] for group in groups for p in group["params"]}
+    radius_of = {p: group[radius] / ascent_steps for group in groups for p in group["params"]}
     held = {
         name: p for name, p in model.named_parameters() if p.grad is not None and p in radius_of
     }
@@ -45,6 +52,97 @@ def other_perturbation(
     t = {name: value.abs() + adaptive for name, value in w.items()}
     norm = torch.cat([(t[name] * g[name]).flatten() for name in held]).norm() + 1e-12
     return {name: rho[name] * t[name] ** 2 * g[name] / norm for name in held}
+
+
+class OracleVariant:
+    """GSAM, Friendly SAM and LookSAM, written down once more; without a name, SAM itself.
+
+    Args:
+        name: Name of the class of the variant.
+        **numbers: Its arguments.
+
+    Attributes:
+        kept: What it keeps from step to step: key -> parameter name -> tensor.
+    """
+
+    def __init__(self, name: str = "", **numbers: float) -> None:
+        self.name, self.numbers = name, numbers
+        self.kept: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def ascend(self, named: Named) -> None:
+        """Makes the gradients what is ascended: Friendly SAM takes the average away."""
+        if self.name != "FriendlySAM":
+            return
+        averages = self.kept.setdefault("average", {})
+        stays = self.numbers["lmbda"]
+        is_first = not averages
+        for name, p in named:
+            assert p.grad is not None
+            g = p.grad.clone()
+            if is_first:
+                averages[name] = g
+            else:
+                p.grad = g - self.numbers["sigma"] * averages[name]
+                averages[name] = stays * averages[name] + (1 - stays) * g
+
+    @torch.no_grad()
+    def descend(self, named: Named, g: Mapping[str, Tensor]) -> None:
+        """Makes the gradients what the base optimizer gets; ``g`` are those at ``w``."""
+        if self.name not in ("GSAM", "LookSAM"):
+            return
+        adversarial = {name: p.grad for name, p in named if p.grad is not None}
+        dot = sum(float((g[name].double() * v.double()).sum()) for name, v in adversarial.items())
+        if self.name == "GSAM":
+            square = sum(float(v.double().square().sum()) for v in adversarial.values())
+            for name, p in named:
+                along = dot / max(square, 1e-300) * adversarial[name]
+                p.grad = adversarial[name] - self.numbers["alpha"] * (g[name] - along)
+        else:
+            square = sum(float(v.double().square().sum()) for v in g.values())
+            self.kept["flattening"] = {
+                name: v - dot / max(square, 1e-300) * g[name] for name, v in adversarial.items()
+            }
+
+    @torch.no_grad()
+    def between(self, named: Named) -> None:
+        """The same for a step without a perturbation: LookSAM adds what it has kept."""
+        kept = self.kept.get("flattening", {})
+        length = math.sqrt(sum(float(v.double().square().sum()) for v in kept.values()))
+        if length == 0:
+            return
+        squares = [float(p.grad.double().square().sum()) for _, p in named if p.grad is not None]
+        for name, p in named:
+            assert p.grad is not None
+            p.grad += self.numbers["alpha"] * math.sqrt(sum(squares)) / length * kept[name]
+
+    def copy_of_kept(self) -> dict[str, dict[str, Tensor]]:
+        """What is kept now, for a step that may come to nothing."""
+        return {key: dict(values) for key, values in self.kept.items()}
+
+    def double(self) -> None:
+        """Goes on in float64."""
+        self.kept = {
+            key: {name: value.double() for name, value in values.items()}
+            for key, values in self.kept.items()
+        }
+
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """What is kept, as ``memory.<key>.<parameter>``; nothing before the first step."""
+        return {
+            f"memory.{key}.{name}": value.detach().cpu().numpy().copy()
+            for key, values in self.kept.items()
+            for name, value in values.items()
+        }
+
+    def load(self, state: Mapping[str, NDArray[Any]], device: torch.device, double: bool) -> None:
+        """The inverse."""
+        self.kept = {}
+        for full, array in state.items():
+            if full.startswith("memory."):
+                _, key, name = full.split(".", 2)
+                value = torch.tensor(array, device=device)
+                self.kept.setdefault(key, {})[name] = value.double() if double else value
 
 
 def clip(groups: Groups, norm: float | None, value: float | None) -> None:

@@ -12,15 +12,19 @@ import torch
 from sam_export.errors import ParityError
 from sam_export.parity.compare import State
 from sam_export.parity.disturb import (
-    SMALLEST,
-    examples,
+    about_casts,
+    can_permute,
     jittered,
     jittered_input,
     map_batch,
+    moves,
     permuted,
 )
 from sam_export.parity.one_by_one import OneByOne
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
+from sam_export.parity.oracle_once import base_step
+from sam_export.parity.oracle_surroundings import flat_generator_states
 from sam_export.parity.tolerances import Tolerances
 
 _FIRST_DISTURBED = 2
@@ -57,11 +61,13 @@ class Round:
         judge: The reference.
         runs: In the model's dtype; the first one is eager as it is.
         untrained: Parameters that got no gradient.
+        wide: With autocast: eager with the sums of a plain loop, without the casts.
     """
 
     judge: Stepped
     runs: tuple[Stepped, ...]
     untrained: frozenset[str]
+    wide: Stepped | None = None
 
     @property
     def eager(self) -> Stepped:
@@ -84,6 +90,9 @@ class Panel:
     kernel's own error may be luckily small. The same is done in float64 where permuting is no mere
     change of rounding (random numbers, a loss that depends on the order, fewer than three
     examples); `notes` says so.
+
+    With autocast one rounding is one of its dtype, half of which a cast may lose; and one run more
+    is without the casts, so that what sums lose and what casts lose are told apart.
 
     Args:
         make: Makes a fresh oracle at the start state.
@@ -133,11 +142,19 @@ class Panel:
         self.buffers = frozenset(n for n, _ in probe.model.named_buffers())
         self.dtype = str(next(self.start[n].dtype for n in probe.parameter_names))
         self._eager = made()
+        self.casts_to = probe.precision.autocast
+        self.parts = probe.micro_batches
+        self._plain = self._without_casts()
         self.on_nonfinite = self._eager.on_nonfinite
         self.draws = drew
         self.metrics = METRICS + (("perturbed_grad_norm",) if probe.clips else ())
+        self.metrics += tuple(probe.precision.results())
+        self.scaler = frozenset(probe.precision.snapshot())
         others = drew and not own
         self.judge = self._make_judge(others)
+        self.nudge, self._jitter = moves(self.dtype, self.casts_to, tol)
+        if self.casts_to is not None:
+            self.notes.append(about_casts(self.casts_to, tol))
         self._permutes = not drew and self._order_is_neutral()
         self._jitters = not self._permutes or self.dtype != "float64"
         if not self._permutes:
@@ -179,13 +196,16 @@ class Panel:
     def lock(self, state: State, step: int, batch: Batch) -> Round:
         """One step of every oracle run from ``state``."""
         self.judge.load(state)
-        results = [self._stepped(self.judge, state, batch, step)]
+        results: list[Stepped] = []
         for variant in range(_FIRST_DISTURBED + self.permutations):
             start = self._disturbed_state(state, variant, step)
             self._eager.load(start)
             disturbed = self._disturbed_batch(batch, variant, step)
             results.append(self._stepped(self._eager, start, disturbed, step, variant))
-        return self._checked(results, step, self._eager.without_gradient)
+        beside = [(self.judge, state), *((oracle, state) for oracle in self._plain)]
+        for oracle in self._plain:
+            oracle.load(state)
+        return self._checked(beside, results, batch, step, self._eager.without_gradient)
 
     def nudged(
         self, state: State, batch: Batch, step: int, attempt: int, ulps: float
@@ -228,7 +248,7 @@ class Panel:
         """State after one step of the base optimizer alone, as the judge computes it."""
         self.seed_generators(0)
         self.judge.load(state)
-        self.judge.base_step(batch)
+        base_step(self.judge, batch)
         return self.judge.snapshot()
 
     # -- the runs -----------------------------------------------------------------------------
@@ -244,6 +264,7 @@ class Panel:
             start = self._disturbed_state(self.start, variant, 0)
             oracle.load(start)
             self._free.append((oracle, start))
+        self._free_plain = [(oracle, self.start) for oracle in self._without_casts()]
 
     def _keep(self, mode: str, step: int, this: Round) -> Round:
         """Keeps a round for the next target, as long as there is room."""
@@ -254,24 +275,48 @@ class Panel:
         return this
 
     def _round(self, oracles: Sequence[tuple[Oracle, State]], batch: Batch, step: int) -> Round:
-        results = [self._stepped(oracles[0][0], oracles[0][1], batch, step)]
+        results: list[Stepped] = []
         for variant, (oracle, start) in enumerate(oracles[1:]):
             disturbed = self._disturbed_batch(batch, variant, step)
             results.append(self._stepped(oracle, start, disturbed, step, variant))
-        return self._checked(results, step, oracles[1][0].without_gradient)
+        beside = [oracles[0], *self._free_plain]
+        return self._checked(beside, results, batch, step, oracles[1][0].without_gradient)
 
     def _stepped(
-        self, oracle: Oracle, start: State, batch: Batch, step: int, variant: int = 0
+        self,
+        oracle: Oracle,
+        start: State,
+        batch: Batch,
+        step: int,
+        variant: int = 0,
+        overflows: bool = False,
     ) -> Stepped:
         self.seed_generators(step)
         plain = OneByOne() if variant else nullcontext()  # type: ignore[no-untyped-call]
         with plain:
-            values = oracle.step(batch)
+            values = oracle.step(batch, overflows)
         finite = bool(values.pop("finite"))
         return Stepped({k: float(v) for k, v in values.items()}, finite, oracle.snapshot(), start)
 
-    def _checked(self, results: list[Stepped], step: int, untrained: set[str]) -> Round:
-        verdicts = {result.finite for result in results}
+    def _checked(
+        self,
+        beside: Sequence[tuple[Oracle, State]],
+        runs: list[Stepped],
+        batch: Batch,
+        step: int,
+        untrained: set[str],
+    ) -> Round:
+        """The round of ``runs``, with the steps of the judge and of eager without casts.
+
+        With a scaled loss, a step that overflows in every run is skipped by these two as well; they
+        have room for it.
+        """
+        overflows = bool(self.scaler) and not any(run.finite for run in runs)
+        judge, *wide = (
+            self._stepped(oracle, start, batch, step, int(index > 0), overflows)
+            for index, (oracle, start) in enumerate(beside)
+        )
+        verdicts = {result.finite for result in (judge, *wide, *runs)}
         if len(verdicts) > 1:
             raise ParityError(
                 f"Step {step + 1} is finite in float64 and not in {self.dtype}, or only in some "
@@ -284,16 +329,16 @@ class Panel:
                 "the weights: there is nothing to compare with from there on. Give fewer steps or "
                 "other batches."
             )
-        return Round(results[0], tuple(results[1:]), frozenset(untrained))
+        return Round(judge, tuple(runs), frozenset(untrained), wide[0] if wide else None)
 
     # -- the judge and the disturbances -------------------------------------------------------
 
     def _draws_random_numbers(self, oracle: Oracle) -> bool:
         self.seed_generators(0)
-        before = _generator_states()
+        before = flat_generator_states()
         oracle.step(self.batches[0])
-        moved = any(not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True))
-        return moved or oracle.draws > 0
+        pairs = zip(before, flat_generator_states(), strict=True)
+        return any(not torch.equal(a, b) for a, b in pairs) or oracle.draws > 0
 
     def _make_judge(self, others: bool, quiet: bool = False) -> Oracle:
         reason = "the model draws random numbers, which are others in float64" if others else ""
@@ -305,17 +350,28 @@ class Panel:
                 reason = f"in float64 the model fails with {type(error).__name__}: {error}"
         if reason and not quiet:
             self.notes.append(f"judged by eager in {self.dtype}: {reason}")
-        return self._make() if reason else self._make().double()
+        if reason:
+            return next(iter(self._without_casts()), None) or self._make()
+        return self._make().double()
+
+    def _without_casts(self) -> list[Oracle]:
+        """With autocast, one oracle at the start state that does without."""
+        if self.casts_to is None:
+            return []
+        oracle = self._make()
+        oracle.precision.autocast = None
+        return [oracle]
 
     def _order_is_neutral(self) -> bool:
         """Whether permuting the examples changes the loss by rounding only."""
-        batch = next((b for b in self.batches if examples(b) >= SMALLEST), None)
+        batch = next((b for b in self.batches if can_permute(b, self.parts)), None)
         if batch is None:
             return False
         losses = []
         for variant in (0, 1):
             self.judge.load(self.start)
-            losses.append(self.judge.step(permuted(batch, np.random.default_rng(variant)))["loss"])
+            other = permuted(batch, np.random.default_rng(variant), self.parts)
+            losses.append(self.judge.step(other)["loss"])
         # Summing n terms in another order errs by about sqrt(n) roundings; 1e4 is far above that
         # and far below what exchanging examples does to a loss that depends on their order.
         eps = np.finfo("float64" if self.judge.is_double else self.dtype).eps
@@ -326,7 +382,7 @@ class Panel:
             return state
         rng = np.random.default_rng([self.seed, 1, variant, step])
         return {
-            name: jittered(value, 1.0, rng) if name in self.parameters else value
+            name: jittered(value, self._jitter, rng) if name in self.parameters else value
             for name, value in state.items()
         }
 
@@ -334,14 +390,10 @@ class Panel:
         if variant < _FIRST_DISTURBED:
             return batch
         rng = np.random.default_rng([self.seed, 2, variant, step])
-        permutes = self._permutes and examples(batch) >= SMALLEST
+        permutes = self._permutes and can_permute(batch, self.parts)
         if permutes:
-            batch = permuted(batch, rng)
+            batch = permuted(batch, rng, self.parts)
         if permutes and not self._jitters:
             return batch
-        return map_batch(batch, lambda value: jittered_input(value, 1.0, rng, self.dtype))
-
-
-def _generator_states() -> list[torch.Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
+        move = self._jitter
+        return map_batch(batch, lambda value: jittered_input(value, move, rng, self.dtype))

@@ -17,7 +17,8 @@ from torch import nn
 
 from sam_export.errors import ParityError
 from sam_export.parity.compare import State, change, norm
-from sam_export.parity.oracle import Batch, Oracle
+from sam_export.parity.oracle import Oracle
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.panel import Panel
 from sam_export.step.train_step import TrainStep
 

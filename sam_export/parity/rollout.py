@@ -27,7 +27,7 @@ from sam_export.parity.compare import (
     with_errors,
 )
 from sam_export.parity.failures import Described, describe_start, describe_step
-from sam_export.parity.oracle import Batch
+from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.panel import Panel, Round, Stepped
 from sam_export.parity.tolerances import Tolerances
 from sam_export.parity.verdict import is_over
@@ -208,7 +208,7 @@ class _Again:
         self, panel: Panel, state: State, batch: Batch, step: int, tol: Tolerances
     ) -> None:
         self.panel, self.step = panel, step
-        self._origin = (state, batch, tol.nudge)
+        self._origin = (state, batch, panel.nudge)
         self._made: list[tuple[State, Batch, Round]] = []
 
     def attempt(self, index: int) -> tuple[State, Batch, Round]:
@@ -297,8 +297,9 @@ def _measured(panel: Panel, this: Round, steps: int, tol: Tolerances) -> dict[st
         [(run.start, run.state) for run in this.runs],
         steps,
         tol,
-        untrained=this.untrained,
+        untrained=this.untrained | panel.scaler,
         buffers=panel.buffers,
+        wide=None if this.wide is None else (this.wide.start, this.wide.state),
     )
     if not this.eager.finite and steps == 1:
         # One step that must change nothing: no rounding is allowed for.
@@ -355,6 +356,7 @@ def _compare(
                 found.metrics[name],
                 panel.dtype,
                 steps,
+                None if this.wide is None else this.wide.metrics[name],
             )
     return result
 

@@ -23,6 +23,15 @@ class Tolerances:
             five draws of rounding noise and a right target is a sixth draw, so 1 would fail one
             time in six; its sums may be grouped otherwise (blocked, fused, one by one), and the
             errors of two groupings of n terms differ by up to about sqrt(n), here n = 100.
+        narrow: Multiple of the floor that is allowed for the roundings of autocast's casts, beside
+            ``factor`` times the floor without them. A right target rounds where eager does, or at
+            fewer places (fused operators), and adds up in float32: so its error is one more draw
+            from what the floor is the largest of four draws of. Of normal draws the ratio is over 3
+            once in 93 times, before it is tried again (``retests``).
+        narrow_jitter: By how much weights and inputs are moved for those draws, in units of
+            eps(autocast dtype): half, which is what a cast itself does.
+        narrow_nudge: What ``nudge`` is with autocast, in units of its eps: a nudge below one
+            rounding of the casts would repeat the same draw.
         floors: A change below this many floors is called noise: it is less than ten times what
             two eager runs differ by, so one digit of it at most has a meaning.
         drift: Below float64, free-running: the error allowed relative to the change after all
@@ -46,6 +55,9 @@ class Tolerances:
 
     exact: float = 1e-9
     factor: float = 10.0
+    narrow: float = 3.0
+    narrow_jitter: float = 0.5
+    narrow_nudge: float = 4.0
     floors: float = 10.0
     drift: float = 0.02
     kernel: float = 16.0

@@ -60,7 +60,12 @@ def floor_and_bound(
     if sample.exact:
         return 0.0, 0.0
     floor = max(noise, sample.rounding)
-    return floor, max((relative + sample.known) * max(sample.change, floor), tol.factor * floor)
+    allowed = tol.factor * floor
+    if sample.wide is not None:
+        # Sums differ as they do without autocast; of the roundings of its casts a target has no
+        # more than eager.
+        allowed = tol.factor * max(sample.wide, sample.rounding) + tol.narrow * noise
+    return floor, max((relative + sample.known) * max(sample.change, floor), allowed)
 
 
 def is_over(sample: Sample, earlier: Sequence[float], dtype: str, tol: Tolerances) -> bool:

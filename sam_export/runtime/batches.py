@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
+from sam_export.artifact.contract import TRAINING, ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import SessionError
 
 _NOT_NEGATIVE = ("lr", "rho")
@@ -39,7 +39,7 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
             that contradict each other, or a size below the smallest that the step allows.
     """
     specs = [spec for spec in contract.inputs_of(program) if spec.role in ("input", "target")]
-    call = "step" if program.name == "step" else program.name
+    call = "step" if program.name in TRAINING else program.name
     if contract.batch_kind == "dict":
         tensors = _by_name(given, specs, contract, call)
     else:
@@ -50,8 +50,10 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
         _collect_sizes(spec, tensor, sizes)
     for name, (size, where) in sizes.items():
         # What forbids a single example (the variance in BatchNorm) is part of training only.
-        least = contract.dims[name] if program.name == "step" else min(contract.dims[name], 1)
+        least = contract.dims[name] if program.name in TRAINING else min(contract.dims[name], 1)
         _check_least(name, size, least, where)
+        if program.name in TRAINING:
+            _check_multiple(name, size, contract.multiples.get(name, 1), where)
     return tensors
 
 
@@ -189,6 +191,15 @@ def _check_least(name: str, size: int, least: int, where: str) -> None:
     raise SessionError(
         f"Size {size} in {where} ({name!r}); this step was captured for at least {least}."
     )
+
+
+def _check_multiple(name: str, size: int, count: int, where: str) -> None:
+    if size % count:
+        raise SessionError(
+            f"Size {size} in {where} ({name!r}); this step divides its batch into {count} parts of "
+            f"one size (micro_batches={count}), so the size must be a multiple of {count}. Leave "
+            f"{size % count} out, or join them to another batch."
+        )
 
 
 def _per_group(name: str, given: Any, groups: int) -> tuple[float, ...]:

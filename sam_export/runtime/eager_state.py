@@ -36,6 +36,27 @@ def parts_of(model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
     return (model.model, model.optimizer, model) if is_step else (model, optimizer, None)
 
 
+def refuse_other_step(contract: StepContract, step: Any) -> None:
+    """Refuses a `TrainStep` that scales its loss or averages its weights in another way.
+
+    Raises:
+        SessionError: Their settings differ.
+    """
+    found = getattr(step, "loss_scaling", None)
+    if step is not None and found != contract.loss_scaling:
+        raise SessionError(
+            f"The TrainStep has loss_scaling={found}, and this step {contract.loss_scaling}: the "
+            "scale of one means nothing to the other. Nothing changed. To leave the scale out, "
+            "give its model and optimizer instead."
+        )
+    ema = None if getattr(step, "ema", None) is None else repr(step.ema)
+    if step is not None and ema != contract.ema:
+        raise SessionError(
+            f"The TrainStep has ema={ema}, and this step {contract.ema}. Nothing changed. To leave "
+            "the average out, give its model and optimizer instead."
+        )
+
+
 class EagerState:
     """An eager model and optimizer, matched by name with a contract.
 
@@ -43,6 +64,7 @@ class EagerState:
         base: The base optimizer.
         tensors: Parameters and buffers by name.
         slots: Each slot with its parameter and its eager value; None where it is not made yet.
+        memories: The same of what the SAM variant keeps; none without its `SAM`.
         settings: Name of a hyper-parameter, index of a group that has it, the group, and under
             which key.
 
@@ -55,6 +77,14 @@ class EagerState:
         self.tensors = self._match_model(contract, model)
         self._check_groups(contract)
         self.slots = self._match_slots(contract)
+        self.sam: Any = optimizer if optimizer is not self.base else None
+        memory = {} if self.sam is None else self.sam.memory
+        self.memories = [
+            (spec, p, memory.get(p, {}).get(spec.slot))
+            for spec in contract.state
+            if spec.role == "memory" and self.sam is not None
+            for p in [self.tensors[str(spec.parameter)]]
+        ]
         # A base optimizer with a rho of its own (Adadelta) holds the radius under another name.
         unnamed = "sam_rho" if "rho" in self.base.defaults else "rho"
         radius = getattr(optimizer, "radius_key", unnamed)
@@ -66,7 +96,7 @@ class EagerState:
             for index, group in enumerate(self.base.param_groups)
             if key in group or name != "rho"  # without its SAM, the base has no radius
         ]
-        self._refuse(self._changed(contract))
+        self._refuse(self._changed(contract) + self._other_kind(contract))
         absent = {name for name, _, group, key in self.settings if key not in group}
         self._refuse([f"a parameter group has no {name!r}" for name in sorted(absent)])
 
@@ -132,6 +162,21 @@ class EagerState:
                         f"constant unless captured with dynamic_hyper=[{name!r}]"
                     )
         return lines
+
+    def _other_kind(self, contract: StepContract) -> list[str]:
+        """What of the `SAM` is a constant of the graphs, and another here."""
+        if self.sam is None:
+            return []
+        found = {
+            "every": self.sam.every,
+            "ascent_steps": self.sam.ascent_steps,
+            "variant": self.sam.variant.name,
+        }
+        return [
+            f"{name} is {value!r} and in the graph {getattr(contract, name)!r}"
+            for name, value in found.items()
+            if value != getattr(contract, name)
+        ]
 
     def _match_slots(self, contract: StepContract) -> list[tuple[TensorSpec, torch.Tensor, Any]]:
         held = {

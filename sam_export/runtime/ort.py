@@ -17,6 +17,7 @@ from sam_export.artifact.contract import (
     discarded_if_not_finite,
 )
 from sam_export.artifact.folder import Artifact
+from sam_export.errors import SessionError
 from sam_export.runtime.cuda_options import CudaOptions, cuda_options
 from sam_export.runtime.detect import require_onnxruntime, require_training_build
 from sam_export.runtime.ort_cuda_graph import FixedResult, RecordedSteps
@@ -59,26 +60,37 @@ class OrtEngine:
         self._ort = require_onnxruntime()
         names = ("memory_limit", "tf32", "cuda_graph", "allow_cpu_nodes")
         self._cuda = cuda_options(cuda, device, artifact.target, names)
+        if self._cuda.cuda_graph and artifact.contract.every > 1:
+            raise SessionError(
+                "CudaOptions(cuda_graph=True) records one program, and periodic SAM (every="
+                f"{artifact.contract.every}) runs two. Load it without cuda_graph."
+            )
         self._sessions = OrtSessions(self._ort, artifact, device, threads, self._cuda)
         self._values = OrtValues(self._ort, self._sessions.kind, self._sessions.index)
         self._artifact = artifact
-        self._step = artifact.contract.program("step")
-        discarded = discarded_if_not_finite(self._step, artifact.semantics)
-        self._kept_back = {self._step.feeds[output] for output in discarded}
+        self._training = [spec for spec in artifact.contract.programs if spec.feeds]
+        self._kept_back = {
+            spec.feeds[output]
+            for spec in self._training
+            for output in discarded_if_not_finite(spec, artifact.semantics)
+        }
         self._overwritten = {
             name for name, reason in artifact.details.get("in_place", {}).items() if not reason
         }
         self._current: dict[str, Any] = {}
         self._spare: dict[str, Any] = {}
-        self._sides: tuple[dict[str, Any], ...] = ()
-        self._side = 0
+        # State that is not overwritten, by the programs that write it: its two buffers change
+        # places together. 0 and 1 say which of them is the current one.
+        self._swapped: dict[tuple[str, ...], list[str]] = {}
+        self._side: dict[tuple[str, ...], int] = {}
         self._hyper: dict[str, tuple[NDArray[Any], Any]] = {}
-        self._bindings: list[Any] = []
+        self._bindings: dict[Any, Any] = {}
         self._recorded: RecordedSteps | None = None
         self._random = RandomInputs(artifact.details, threads)
         self._drawn_with: tuple[int, int] | None = None
         self.provider = self._sessions.provider
-        self._session("step")
+        for spec in self._training:
+            self._session(spec.name)
 
     # -- Engine -----------------------------------------------------------------------------------
 
@@ -91,28 +103,35 @@ class OrtEngine:
                 self._current[name] = self._values.of(np.array(value, order="C"))
         if SEED in state:
             self._drawn_with = int(state[SEED]), int(state[STEP])
-        if not self._sides:
+        if not self._hyper:
             for hyper in self._artifact.contract.hyper:
                 buffer = np.array(hyper.defaults, np.float64)
                 # On the CPU ONNX Runtime reads this very memory at every step.
                 self._hyper[HYPER + hyper.name] = buffer, self._values.of(buffer)
-            swapped = [name for name in self._step.feeds.values() if name not in self._overwritten]
-            self._spare = {name: self._values.of(np.array(state[name])) for name in swapped}
-            self._sides = dict(self._current), {**self._current, **self._spare}
-            if self._cuda.cuda_graph:
-                self._recorded = RecordedSteps(
-                    self._ort, self._session("step"), self._step, self._values, self._step_binding
-                )
-            else:
-                self._bindings = [self._step_binding(0), self._step_binding(1)]
+            self._make_room(state)
+
+    def _make_room(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """A second buffer for what is not overwritten."""
+        written = {name for spec in self._training for name in spec.feeds.values()}
+        for name in sorted(written - self._overwritten):
+            writers = tuple(p.name for p in self._training if name in p.feeds.values())
+            self._swapped.setdefault(writers, []).append(name)
+            self._spare[name] = self._values.of(np.array(state[name]))
+        self._side = dict.fromkeys(self._swapped, 0)
+        if self._cuda.cuda_graph:
+            step = self._training[0]
+            self._recorded = RecordedSteps(
+                self._ort, self._session(step.name), step, self._values,
+                lambda _: self._binding(step),
+            )  # fmt: skip
 
     def run(
         self, program: str, batch: Sequence[Any], hyper: Mapping[str, NDArray[Any]]
     ) -> dict[str, Any]:
         """Runs one program on the current state; see `runtime.engine.Engine`."""
-        if program == "step":
-            return self._run_step(batch, hyper)
         spec = self._artifact.contract.program(program)
+        if spec.feeds:
+            return self._train(spec, batch, hyper)
         session = self._session(program)
         binding = session.io_binding()
         for name in spec.inputs:
@@ -136,18 +155,18 @@ class OrtEngine:
             return self._recorded.read(value)
         return np.array(value.numpy())
 
-    # -- the step ---------------------------------------------------------------------------------
+    # -- programs that train ----------------------------------------------------------------------
 
-    def _step_binding(self, side: int) -> Any:
-        """A binding that reads one set of state buffers and writes the other one."""
-        before, after = self._sides[side], self._sides[1 - side]
-        binding = self._session("step").io_binding()
-        for spec in self._artifact.contract.state:
-            binding.bind_ortvalue_input(spec.name, before[spec.name])
-        for output, name in self._step.feeds.items():
-            binding.bind_ortvalue_output(output, after[name])
-        for name, (_, value) in self._hyper.items():
-            binding.bind_ortvalue_input(name, value)
+    def _binding(self, spec: ProgramSpec) -> Any:
+        """A new binding that reads the current state, and writes over it or into the spare."""
+        binding = self._session(spec.name).io_binding()
+        for name in spec.inputs:
+            if name in self._current:
+                binding.bind_ortvalue_input(name, self._current[name])
+            elif name in self._hyper:
+                binding.bind_ortvalue_input(name, self._hyper[name][1])
+        for output, name in spec.feeds.items():
+            binding.bind_ortvalue_output(output, self._spare.get(name, self._current[name]))
         return binding
 
     def _set_hyper(self, hyper: Mapping[str, NDArray[Any]]) -> None:
@@ -158,29 +177,37 @@ class OrtEngine:
                 if not self._values.share_memory:
                     value.update_inplace(buffer)
 
-    def _run_step(self, batch: Sequence[Any], hyper: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    def _train(
+        self, spec: ProgramSpec, batch: Sequence[Any], hyper: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Any]:
         self._set_hyper(hyper)
+        side = (spec.name, *self._side.values())
         if self._recorded is None:
-            binding = self._bindings[self._side]
-            results = self._run(self._session("step"), binding, self._step, batch)
+            if side not in self._bindings:
+                self._bindings[side] = self._binding(spec)
+            results = self._run(self._session(spec.name), self._bindings[side], spec, batch)
         else:
-            results = self._run_recorded(self._recorded, batch)
-        if self._spare:
-            for name, spare in self._spare.items():
-                self._current[name], self._spare[name] = spare, self._current[name]
-            self._side = 1 - self._side
+            results = self._run_recorded(self._recorded, spec, side, batch)
+        for writers, names in self._swapped.items():
+            if spec.name in writers:
+                for name in names:
+                    spare = self._spare[name]
+                    self._current[name], self._spare[name] = spare, self._current[name]
+                self._side[writers] = 1 - self._side[writers]
         if self._drawn_with is not None:
             self._drawn_with = self._next_draws(results["finite"])
         return results
 
-    def _run_recorded(self, recorded: RecordedSteps, batch: Sequence[Any]) -> dict[str, Any]:
-        names = self._fed(self._step)
+    def _run_recorded(
+        self, recorded: RecordedSteps, spec: ProgramSpec, side: Any, batch: Sequence[Any]
+    ) -> dict[str, Any]:
+        names = self._fed(spec)
         sizes = symbols(self._artifact.contract.batch, batch, names)
-        inputs = {**dict(zip(names, batch, strict=True)), **self._drawn("step", sizes)}
+        inputs = {**dict(zip(names, batch, strict=True)), **self._drawn(spec.name, sizes)}
         overwritten = [
-            self._current[name] for name in self._step.feeds.values() if name in self._overwritten
+            self._current[name] for name in spec.feeds.values() if name in self._overwritten
         ]
-        return dict(recorded.run(self._side, inputs, sizes, overwritten))
+        return dict(recorded.run(side, inputs, sizes, overwritten))
 
     def _next_draws(self, finite: Any) -> tuple[int, int]:
         """Seed and number of the next step, without asking the device where that can be."""

@@ -14,7 +14,7 @@ Recordings belong to the thread that made them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -57,8 +57,8 @@ class RecordedSteps:
         session: Of the program ``step``, made with ``enable_cuda_graph``.
         spec: The program.
         values: Makes values on the device.
-        bind_state: Binds state and hyper-parameters; its argument says which of the two sets of
-            state buffers is read.
+        bind_state: Binds state and hyper-parameters; its argument says which of the state's buffers
+            are read.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RecordedSteps:
         session: Any,
         spec: ProgramSpec,
         values: OrtValues,
-        bind_state: Callable[[int], Any],
+        bind_state: Callable[[Hashable], Any],
     ) -> None:
         self._ort = ort
         self._session = session
@@ -80,7 +80,7 @@ class RecordedSteps:
 
     def run(
         self,
-        side: int,
+        side: Hashable,
         inputs: Mapping[str, Any],
         sizes: Mapping[str, int],
         overwritten: Iterable[Any],
@@ -88,7 +88,7 @@ class RecordedSteps:
         """Takes one step.
 
         Args:
-            side: Which set of state buffers it reads.
+            side: Which of the state's buffers it reads.
             inputs: Batch and random numbers by name, as arrays or torch tensors.
             sizes: Symbolic size to its value in this batch.
             overwritten: The ``OrtValue``s of the state that the step writes over itself.
@@ -133,7 +133,7 @@ class RecordedSteps:
         return np.array(result.value.numpy())
 
     def _new(
-        self, side: int, arrays: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
+        self, side: Hashable, arrays: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
     ) -> _Recording:
         binding = self._bind_state(side)
         inputs = {name: self._values.of(np.array(array)) for name, array in arrays.items()}

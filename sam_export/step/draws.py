@@ -32,7 +32,7 @@ class Draws(TorchDispatchMode):
     Args:
         seed: int64 scalar.
         step: int64 scalar: number of the step.
-        same: Whether the descent pass sees the draws of the ascent pass.
+        same: Whether later passes see the draws of the first one.
         first_stream: Added to every stream.
 
     Raises:
@@ -46,6 +46,7 @@ class Draws(TorchDispatchMode):
         self._same = same
         self._first_stream = first_stream
         self._drawn: dict[int, tuple[str, Tensor | None]] = {}
+        self._first = 0
         self._left = contextlib.ExitStack()
 
     @property
@@ -54,9 +55,16 @@ class Draws(TorchDispatchMode):
         return len(self._drawn)
 
     def at(self, stage: str) -> None:
-        """Told the name of a stage before it begins: the descent pass may draw the same again."""
-        if stage == "descent" and self._same:
-            torch.default_generator.manual_seed(_START)
+        """Told the name of a stage before it begins: each pass may draw the same again.
+
+        A ``part`` of the batch with passes of its own goes on with numbers that are not drawn yet.
+        """
+        if stage == "part":
+            self._forget()
+            self._first = self.count
+            torch.default_generator.manual_seed(_START + self._first)
+        if stage in ("ascent", "descent") and self._same:
+            torch.default_generator.manual_seed(_START + self._first)
 
     def draw(self, what: str, size: Sequence[int], make: Callable[[DrawSource], Tensor]) -> Tensor:
         """The next draw; not to be written to.
@@ -98,8 +106,12 @@ class Draws(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._drawn = {number: (what, None) for number, (what, _) in self._drawn.items()}
+        self._forget()
         self._left.close()
+
+    def _forget(self) -> None:
+        """Lets go of what was drawn; the numbers stay taken."""
+        self._drawn = {number: (what, None) for number, (what, _) in self._drawn.items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

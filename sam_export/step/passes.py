@@ -1,31 +1,31 @@
-"""The two passes of one SAM step, as a function of named tensors."""
+"""The passes of one SAM step, as a function of named tensors."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_export.artifact.semantics import Semantics
+from sam_export.step.gradient import Objective, mean_gradient
+from sam_export.step.loss_scaling import Scaler
+from sam_export.step.variants.variant import Memory, Variant
 
 EPSILON = 1e-12
 """Added to the gradient norm, so that a gradient of zero gives a perturbation of zero."""
-
-Objective = Callable[
-    [Mapping[str, Tensor], Mapping[str, Tensor], Callable[[Tensor, Any], Any]], Any
-]
-"""(parameters, buffers, use) -> ``use(scalar loss, model output)`` on one batch, called while the
-model has these tensors; may update the buffers."""
-
 
 Perturb = Callable[
     [Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]
 ]
 """(parameters, gradients, radii) -> ``eps``, by name."""
+
+
+_NOTHING: Memory = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Passes:
         buffers: New buffers by name.
         outputs: The model's output at ``w``, detached.
         perturbed_grad_norm: Global L2 norm of ``g_adv`` before clipping; None without clipping.
+        ascended: ``g`` by parameter name, as its norm is taken.
+        memory: What the variant keeps, after this step.
     """
 
     loss: Tensor
@@ -61,6 +63,8 @@ class Passes:
     buffers: dict[str, Tensor]
     outputs: Any
     perturbed_grad_norm: Tensor | None = None
+    ascended: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -85,8 +89,27 @@ def _norms(grads: Sequence[Tensor]) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Which SAM the passes are of.
+
+    Attributes:
+        variant: What is ascended and what the base optimizer gets.
+        perturb: Another ``eps``: a function of parameters, gradients and radii, by name.
+        ascent_steps: How many steps of length ``rho / ascent_steps`` the ascent takes, each along
+            the gradient where the last one ended.
+    """
+
+    variant: Variant = field(default_factory=Variant)
+    perturb: Perturb | None = None
+    ascent_steps: int = 1
+
+
+SAM_ITSELF = Kind()
+
+
 def two_passes(
-    objective: Objective,
+    objectives: Sequence[Objective],
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     groups: Sequence[Group],
@@ -94,7 +117,10 @@ def two_passes(
     semantics: Semantics,
     at: Callable[[str], None] = lambda stage: None,
     stages: dict[str, Tensor] | None = None,
-    perturb: Perturb | None = None,
+    kind: Kind = SAM_ITSELF,
+    memory: Memory = _NOTHING,
+    started: Tensor | None = None,
+    scaler: Scaler | None = None,
 ) -> Passes:
     """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
 
@@ -108,8 +134,13 @@ def two_passes(
         g_adv_i  = min(max(g_adv_i, -clip_value), clip_value)
         g_adv_i *= min(clip_norm / (sqrt(sum_i ||g_adv_i||^2) + 1e-6), 1)
 
+    A variant may replace ``g`` before the norm, and ``g_adv`` before it is clipped. With
+    ``kind.ascent_steps`` of n the lines from ``g`` to ``eps`` are done n times with ``rho / n``,
+    each at the point where the last one ended.
+
     Args:
-        objective: The loss of one batch as a function of parameters and buffers.
+        objectives: The loss of each part of the batch as a function of parameters and buffers; the
+            mean of them is the objective.
         parameters: All parameters by name; those in no group are constants.
         buffers: All buffers by name.
         groups: The parameters to train.
@@ -120,15 +151,133 @@ def two_passes(
         stages: Gets what is otherwise only on the way, by name: ``g.<parameter>`` (what is
             ascended), ``eps.<parameter>`` (``(w + eps) - w`` as it was computed) and
             ``g_adv.<parameter>``.
-        perturb: Another ``eps``: a function of parameters, gradients and radii, by name.
+        kind: Which SAM it is.
+        memory: What ``kind.variant`` keeps.
+        started: 0 before the first step, where the variant asks for it.
+        scaler: ``g = gradient(loss * scale) * (1 / scale)`` in each pass; None: the gradient.
 
     Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
     """
     names = [name for group in groups for name in group.names]
     ascent_buffers = {name: value.clone() for name, value in buffers.items()}
     at("ascent")
-    loss, gradients, outputs = _gradient(objective, parameters, ascent_buffers, names)
+    loss, gradients, outputs = mean_gradient(objectives, parameters, ascent_buffers, names, scaler)
     at("perturb")
+    gradients = _with_decay(gradients, parameters, groups, semantics)
+    norms = _norms(list(gradients.values()))
+    grad_norm = torch.linalg.vector_norm(norms)
+    directions, memory = kind.variant.ascended(gradients, memory, started)
+    if directions is not gradients:
+        norms = _norms(list(directions.values()))
+    if kind.ascent_steps > 1:
+        rho = [value / kind.ascent_steps for value in rho]
+    move = functools.partial(_perturbed, groups=groups, rho=rho, semantics=semantics, kind=kind)
+    perturbed, perturbation_norm = move(parameters, directions, norms)
+    if semantics.running_stats == "both":
+        descent_buffers = ascent_buffers
+    else:
+        descent_buffers = {name: value.clone() for name, value in ascent_buffers.items()}
+    for _ in range(kind.ascent_steps - 1):
+        at("ascent")
+        _, further, _ = mean_gradient(objectives, perturbed, descent_buffers, names, scaler)
+        at("perturb")
+        further = _with_decay(further, perturbed, groups, semantics)
+        perturbed, _ = move(perturbed, further, _norms(list(further.values())))
+    if kind.ascent_steps > 1:
+        perturbation_norm = global_norm([perturbed[name] - parameters[name] for name in gradients])
+    if stages is not None:
+        for name, direction in directions.items():
+            stages[f"g.{name}"] = direction
+            stages[f"eps.{name}"] = perturbed[name] - parameters[name]
+
+    at("descent")
+    perturbed_loss, adversarial, _ = mean_gradient(
+        objectives, perturbed, descent_buffers, names, scaler
+    )
+    if stages is not None:
+        stages |= {f"g_adv.{name}": gradient for name, gradient in adversarial.items()}
+    at("check")
+    final, memory = kind.variant.descended(gradients, adversarial, memory)
+    descent_norm = global_norm(list(final.values()))
+    finite = (
+        torch.isfinite(loss)
+        & torch.isfinite(perturbed_loss)
+        & torch.isfinite(grad_norm)
+        & torch.isfinite(descent_norm)
+    )
+    return Passes(
+        loss=loss,
+        perturbed_loss=perturbed_loss,
+        grad_norm=grad_norm,
+        perturbation_norm=perturbation_norm.to(grad_norm.dtype),
+        finite=finite,
+        gradients=clipped(final, descent_norm, semantics),
+        buffers=ascent_buffers,
+        outputs=outputs,
+        perturbed_grad_norm=descent_norm if semantics.clips else None,
+        ascended=gradients,
+        memory=memory,
+    )
+
+
+def one_pass(
+    objectives: Sequence[Objective],
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    semantics: Semantics,
+    at: Callable[[str], None] = lambda stage: None,
+    kind: Kind = SAM_ITSELF,
+    memory: Memory = _NOTHING,
+    scaler: Scaler | None = None,
+) -> Passes:
+    """The pass of a step without a perturbation, between those of periodic SAM.
+
+    What it gives has the same fields: the perturbed loss is the loss, since ``eps_w`` is 0. The
+    gradient may be changed by a variant (LookSAM), and is then clipped as ``g_adv`` is.
+
+    Args:
+        objectives: The loss of each part of the batch as a function of parameters and buffers; the
+            mean of them is the objective.
+        parameters: All parameters by name; those in no group are constants.
+        buffers: All buffers by name.
+        groups: The parameters to train.
+        semantics: Clipping.
+        at: Told the name of each stage (``ascent``, ``check``) before it begins.
+        kind: Which SAM it is.
+        memory: What ``kind.variant`` keeps.
+        scaler: As in `two_passes`.
+    """
+    names = [name for group in groups for name in group.names]
+    new_buffers = {name: value.clone() for name, value in buffers.items()}
+    at("ascent")
+    loss, gradients, outputs = mean_gradient(objectives, parameters, new_buffers, names, scaler)
+    at("check")
+    grad_norm = global_norm(list(gradients.values()))
+    final = kind.variant.between(gradients, memory)
+    norm = grad_norm if final is gradients else global_norm(list(final.values()))
+    return Passes(
+        loss=loss,
+        perturbed_loss=loss.clone(),
+        grad_norm=grad_norm,
+        perturbation_norm=grad_norm.clamp(max=0),  # 0, and no constant
+        finite=torch.isfinite(loss) & torch.isfinite(grad_norm) & torch.isfinite(norm),
+        gradients=clipped(final, norm, semantics),
+        buffers=new_buffers,
+        outputs=outputs,
+        perturbed_grad_norm=norm.clone() if semantics.clips else None,
+        memory=memory,
+    )
+
+
+def _with_decay(
+    gradients: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    semantics: Semantics,
+) -> dict[str, Tensor]:
+    """The gradients, with the weight decay's if it is ascended, too."""
+    result = dict(gradients)
     if semantics.decay_in_ascent:
         for group in groups:
             for name in group.names:
@@ -136,72 +285,44 @@ def two_passes(
                 if name not in gradients:
                     continue
                 if isinstance(decay, Tensor):
-                    gradients[name] = gradients[name] + w * decay.to(w)
+                    result[name] = gradients[name] + w * decay.to(w)
                 elif decay:
-                    gradients[name] = gradients[name].add(w, alpha=decay)
+                    result[name] = gradients[name].add(w, alpha=decay)
+    return result
 
-    norms = _norms(list(gradients.values()))
-    grad_norm = torch.linalg.vector_norm(norms)
+
+def _perturbed(
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    norms: Tensor,
+    groups: Sequence[Group],
+    rho: Sequence[float | Tensor],
+    semantics: Semantics,
+    kind: Kind,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """All parameters, those with a gradient moved by ``eps``, and the norm of ``eps``."""
     radius = {name: value for g, value in zip(groups, rho, strict=True) for name in g.names}
-    length = grad_norm
+    perturbed = dict(parameters)
+    if kind.perturb is not None:
+        eps = kind.perturb(parameters, gradients, radius)
+        perturbed |= {name: parameters[name] + value for name, value in eps.items()}
+        return perturbed, global_norm(list(eps.values()))
+    length = torch.linalg.vector_norm(norms)
     if semantics.norm_over == "perturbed":
         length = torch.linalg.vector_norm(norms * _has_radius(radius, gradients).to(norms))
-    perturbed = dict(parameters)
-    if perturb is not None:
-        eps = perturb(parameters, gradients, radius)
-        perturbed |= {name: parameters[name] + value for name, value in eps.items()}
-        perturbation_norm = global_norm(list(eps.values()))
-    else:
-        scales = [value / (length + EPSILON) for value in rho]
-        scale_of = {
-            name: scale
-            for group, scale in zip(groups, scales, strict=True)
-            for name in group.names
-            if name in gradients
-        }
-        for name, gradient in gradients.items():
-            perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
-        if len(scales) == 1:
-            perturbation_norm = scales[0] * length
-        else:
-            perturbation_norm = torch.linalg.vector_norm(
-                norms * torch.stack([scale_of[name] for name in gradients]).to(norms)
-            )
-    if stages is not None:
-        for name, gradient in gradients.items():
-            stages[f"g.{name}"] = gradient
-            stages[f"eps.{name}"] = perturbed[name] - parameters[name]
-    del gradients
-
-    at("descent")
-    if semantics.running_stats == "both":
-        descent_buffers = ascent_buffers
-    else:
-        descent_buffers = {name: value.clone() for name, value in ascent_buffers.items()}
-    perturbed_loss, gradients, _ = _gradient(objective, perturbed, descent_buffers, names)
-    if stages is not None:
-        stages |= {f"g_adv.{name}": gradient for name, gradient in gradients.items()}
-    at("check")
-    descent_norm = global_norm(list(gradients.values()))
-    finite = (
-        torch.isfinite(loss)
-        & torch.isfinite(perturbed_loss)
-        & torch.isfinite(grad_norm)
-        & torch.isfinite(descent_norm)
-    )
-    if semantics.clips:
-        gradients = _clipped(gradients, descent_norm, semantics)
-    return Passes(
-        loss=loss,
-        perturbed_loss=perturbed_loss,
-        grad_norm=grad_norm,
-        perturbation_norm=perturbation_norm.to(grad_norm.dtype),
-        finite=finite,
-        gradients=gradients,
-        buffers=ascent_buffers,
-        outputs=outputs,
-        perturbed_grad_norm=descent_norm if semantics.clips else None,
-    )
+    scales = [value / (length + EPSILON) for value in rho]
+    scale_of = {
+        name: scale
+        for group, scale in zip(groups, scales, strict=True)
+        for name in group.names
+        if name in gradients
+    }
+    for name, gradient in gradients.items():
+        perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
+    if len(scales) == 1:
+        return perturbed, scales[0] * length
+    chosen = torch.stack([scale_of[name] for name in gradients])
+    return perturbed, torch.linalg.vector_norm(norms * chosen.to(norms))
 
 
 def _has_radius(radius: Mapping[str, float | Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
@@ -210,43 +331,15 @@ def _has_radius(radius: Mapping[str, float | Tensor], gradients: Mapping[str, Te
     return (torch.stack(radii) != 0).double()
 
 
-def _clipped(
+def clipped(
     gradients: Mapping[str, Tensor], norm: Tensor, semantics: Semantics
 ) -> dict[str, Tensor]:
     """By value, then by norm, as `torch.nn.utils` does each; ``norm`` is that of ``gradients``."""
-    clipped = dict(gradients)
+    result = dict(gradients)
     if (bound := semantics.clip_value) is not None:
-        clipped = {name: value.clamp(-bound, bound) for name, value in clipped.items()}
-        norm = global_norm(list(clipped.values()))
+        result = {name: value.clamp(-bound, bound) for name, value in result.items()}
+        norm = global_norm(list(result.values()))
     if semantics.clip_norm is not None:
         factor = (semantics.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        clipped = {name: value * factor.to(value) for name, value in clipped.items()}
-    return clipped
-
-
-def _gradient(
-    objective: Objective,
-    parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    names: Sequence[str],
-) -> tuple[Tensor, dict[str, Tensor], Any]:
-    leaves = {name: value.detach() for name, value in parameters.items()}
-    for name in names:
-        leaves[name].requires_grad_()
-
-    def differentiated(loss: Tensor, outputs: Any) -> tuple[Tensor, Any, Sequence[Any]]:
-        wanted = [leaves[name] for name in names]
-        return loss, outputs, torch.autograd.grad(loss, wanted, allow_unused=True)
-
-    with torch.enable_grad():
-        loss, outputs, gradients = objective(leaves, buffers, differentiated)
-    found = {
-        name: gradient.detach()
-        for name, gradient in zip(names, gradients, strict=True)
-        if gradient is not None
-    }
-    return loss.detach(), found, _detached(outputs)
-
-
-def _detached(outputs: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        result = {name: value * factor.to(value) for name, value in result.items()}
+    return result

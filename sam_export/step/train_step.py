@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sam_export.artifact.loss_scaling import LossScaling
 from sam_export.artifact.result import StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
+from sam_export.step.average import EMA, check_ema, load_averages
 from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
-from sam_export.step.hyper import group_key, hyper_of
+from sam_export.step.gradient import Objective
+from sam_export.step.hyper import hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
-from sam_export.step.passes import Group, Objective, Passes, two_passes
+from sam_export.step.loss_scaling import Scaler
+from sam_export.step.micro_batches import check_micro_batches, perturbed_passes, split
+from sam_export.step.mixed_precision import (
+    autocasting,
+    check_master_weights,
+    check_precision,
+    widened,
+)
+from sam_export.step.passes import Group, Passes, one_pass
 from sam_export.step.perturbation import name_of
+from sam_export.step.pure import pure_step
 from sam_export.step.sam import SAM
-from sam_export.step.update import Slots, apply_update
+from sam_export.step.update import Slots
 
 
 class TrainStep(nn.Module):
@@ -43,15 +54,26 @@ class TrainStep(nn.Module):
         semantics: The choices that define a step.
         seed: Of the random numbers that the step draws, 64 bits; None takes the seed of torch's
             generator (`torch.manual_seed`).
+        autocast: ``torch.float16`` or ``torch.bfloat16``: model and loss of both passes run under
+            `torch.autocast`, as ``with torch.autocast(device_type, dtype):`` around them would.
+            Weights, gradients and update stay float32, and so do the loss and the outputs that a
+            step returns. None: the dtypes of the model.
+        loss_scaling: Scale the loss before it is differentiated and divide both gradients by the
+            scale; a step that overflows is skipped and lowers it. None: no scale.
 
     Attributes:
         seed: The seed in use.
         step_count: Steps run so far, skipped ones included: the number of the next step. It is
             part of `state_dict`, like the seed.
+        averages: With ``ema``, the averages so far, by name, part of `state_dict`; `load_averages`
+            puts them into a model.
+        loss_scale: With loss scaling, the scale of the next step, and
+        growth_tracker: how many steps it has been right; both are part of `state_dict`.
 
     Raises:
         StepConfigError: The optimizer is not a `SAM`, has a parameter that is not the model's,
-            nothing is left to train, or the seed has more than 64 bits.
+            nothing is left to train, the seed has more than 64 bits, or the settings of mixed
+            precision do not go together (see `step.mixed_precision`).
     """
 
     def __init__(
@@ -62,6 +84,9 @@ class TrainStep(nn.Module):
         num_targets: int = 1,
         semantics: Semantics | None = None,
         seed: int | None = None,
+        autocast: torch.dtype | None = None,
+        loss_scaling: LossScaling | None = None,
+        ema: EMA | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(optimizer, SAM):
@@ -81,11 +106,21 @@ class TrainStep(nn.Module):
                 f"norm_over={self.semantics.norm_over!r} is about the norm of SAM's own "
                 f"perturbation; {name_of(optimizer.perturbation)} has another. Leave one out."
             )
+        check_micro_batches(self.semantics, optimizer)
         self.seed = _signed(torch.initial_seed() if seed is None else seed)
         self.step_count = 0
+        check_precision(autocast, loss_scaling, self.semantics)
+        self.autocast = autocast
+        self.loss_scaling = loss_scaling
+        self.loss_scale = float(loss_scaling.init_scale) if loss_scaling else None
+        self.growth_tracker = 0
+        check_ema(ema)
+        self.ema = ema
         self._draws_nothing = False
         self._was_looked_at = False
-        self.group_names()  # refuse a wrong optimizer now rather than at the first step
+        trained = [name for names in self.group_names() for name in names]
+        self.averages = ema.first(model, trained) if ema else {}
+        self.check_master_weights()
 
     def group_names(self) -> list[list[str]]:
         """Names of the trained parameters, per parameter group of the optimizer.
@@ -123,6 +158,18 @@ class TrainStep(nn.Module):
             for names, decay in zip(self.group_names(), decays, strict=True)
         ]
 
+    def memory(self) -> dict[str, dict[str, Tensor]]:
+        """What the SAM variant keeps of each trained parameter, by name and key; zeros at first."""
+        keys, kept = self.optimizer.variant.keys, self.optimizer.memory
+        named = dict(self.model.named_parameters())
+        names = [name for part in self.group_names() for name in part] if keys else []
+        return {
+            name: dict(
+                kept.get(named[name]) or {key: torch.zeros_like(named[name]) for key in keys}
+            )
+            for name in names
+        }
+
     def hyper(self, names: Sequence[str] = ("lr", "rho")) -> dict[str, list[float]]:
         """Current hyper-parameters of each parameter group; see `step.hyper.hyper_of`."""
         return hyper_of(self.optimizer, names)
@@ -140,13 +187,16 @@ class TrainStep(nn.Module):
             use: Callable[[Tensor, Any], Any],
         ) -> Any:
             def run() -> Any:
-                outputs = layout.call(self.model, values)
-                loss = (
-                    outputs
-                    if self.loss_fn is None
-                    else self.loss_fn(outputs, *values[len(layout.inputs) :])
-                )
+                with self.autocasting():
+                    outputs = layout.call(self.model, values)
+                    loss = (
+                        outputs
+                        if self.loss_fn is None
+                        else self.loss_fn(outputs, *values[len(layout.inputs) :])
+                    )
                 check_loss(loss, self.loss_fn is None)
+                if self.autocast is not None:
+                    loss, outputs = widened((loss, outputs))
                 if not self._was_looked_at:
                     refuse_reentrant(loss)
                     self._was_looked_at = True
@@ -156,101 +206,23 @@ class TrainStep(nn.Module):
 
         return evaluate
 
+    def objectives(self, layout: BatchLayout, values: Sequence[Tensor]) -> list[Objective]:
+        """The loss of each part of a batch, see `step.micro_batches`."""
+        parts = split(layout.names, values, self.semantics.micro_batches)
+        return [self.objective(layout, part) for part in parts]
+
     def pure(
-        self,
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        slots: Slots,
-        hyper: Mapping[str, Tensor],
-        layout: BatchLayout,
-        values: Sequence[Tensor],
-        at: Callable[[str], None] = lambda stage: None,
-        watch: Callable[[Tensor], None] = lambda loss: None,
-        draws: Draws | None = None,
-        stages: dict[str, Tensor] | None = None,
-        started: Tensor | None = None,
+        self, *state_and_batch: Any, **options: Any
     ) -> tuple[Passes, dict[str, Tensor], Slots]:
-        """The whole step as a function of its arguments; changes nothing.
-
-        Args:
-            parameters: All parameters by name.
-            buffers: All buffers by name.
-            slots: State of the base optimizer by parameter name and slot key.
-            hyper: ``lr``, ``rho`` and whatever else is no constant: float64[groups] each.
-            layout: How the batch is divided.
-            values: The batch, in the order of ``layout.names``.
-            at: Told the name of each stage before it begins.
-            watch: Shown the loss of each pass before it is differentiated.
-            draws: Where random numbers come from; None: torch's generators.
-            stages: Gets gradients and perturbations by name, as `two_passes` has them.
-            started: 0 before the base optimizer's first update, where that is a special one; see
-                `apply_update`.
-
-        Returns:
-            Both passes (losses, norms, new buffers), the new parameters and the new slots. They
-            hold the update whether or not ``passes.finite``: what to do then is the caller's part.
-        """
-        groups = self.groups()
-        if "weight_decay" in hyper:
-            decays = hyper["weight_decay"].unbind()
-            groups = [replace(g, weight_decay=d) for g, d in zip(groups, decays, strict=True)]
-        objective = self.objective(layout, values)
-
-        def watched(
-            parameters: Mapping[str, Tensor],
-            buffers: Mapping[str, Tensor],
-            use: Callable[[Tensor, Any], Any],
-        ) -> Any:
-            def use_watched(loss: Tensor, outputs: Any) -> Any:
-                watch(loss)
-                return use(loss, outputs)
-
-            return objective(parameters, buffers, use_watched)
-
-        def begin(stage: str) -> None:
-            at(stage)
-            if draws is not None:
-                draws.at(stage)
-
-        with torch.no_grad(), draws or contextlib.nullcontext():
-            passes = two_passes(
-                watched,
-                parameters,
-                buffers,
-                groups,
-                list(hyper["rho"].unbind()),
-                self.semantics,
-                at=begin,
-                stages=stages,
-                perturb=self.optimizer.perturb,
-            )
-            begin("update")
-            names = [list(group.names) for group in groups]
-            trained = {name: parameters[name] for part in names for name in part}
-            updated, new_slots = apply_update(
-                self.optimizer.base_optimizer,
-                trained,
-                passes.gradients,
-                slots,
-                names,
-                [
-                    {
-                        group_key(self.optimizer, name): value[i]
-                        for name, value in hyper.items()
-                        if name != "rho"
-                    }
-                    for i in range(len(groups))
-                ],
-                started,
-            )
-        return passes, updated, new_slots
+        """The whole step as a function of its arguments, see `step.pure.pure_step`."""
+        return pure_step(self, *state_and_batch, **options)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator,no-untyped-call]
         reason="TrainStep calls the eager optimizer; use sam_export.capture(step, batch) and "
         "sam_export.load(captured, target='torch-compile') for a compiled step"
     )
     def forward(self, *batch: Any, **named: Any) -> StepResult:
-        """One eager SAM step, in place on the model and the optimizer.
+        """One eager step, in place on the model and the optimizer.
 
         Args:
             *batch: Tensors (inputs, then targets), or one dict of tensors.
@@ -269,24 +241,29 @@ class TrainStep(nn.Module):
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
         generators = Generators(parameters.values())
+        self.check_master_weights()
+        scaler = self.scaler(next(iter(parameters.values())).device)
 
         def run(at: Callable[[str], None]) -> Passes:
-            return two_passes(
-                self.objective(layout, values),
-                {name: p.detach() for name, p in parameters.items()},
-                buffers,
-                self.groups(),
-                self.hyper(["rho"])["rho"],
-                self.semantics,
-                at=at,
-                perturb=self.optimizer.perturb,
-            )
+            objectives = self.objectives(layout, values)
+            detached = {name: p.detach() for name, p in parameters.items()}
+            kind, memory = self.optimizer.kind, self.memory()
+            if self.step_count % self.optimizer.every:
+                return one_pass(
+                    objectives, detached, buffers, self.groups(), self.semantics,
+                    at=at, kind=kind, memory=memory, scaler=scaler,
+                )  # fmt: skip
+            started = torch.tensor(int(bool(self.optimizer.memory)))
+            return perturbed_passes(
+                objectives, detached, buffers, self.groups(), self.hyper(["rho"])["rho"],
+                self.semantics, at=at, kind=kind, memory=memory, started=started, scaler=scaler,
+            )  # fmt: skip
 
         with torch.no_grad():
             passes: Passes | None = None
             if self.semantics.generator == "torch":
                 again = self.semantics.randomness == "same"
-                passes = run(generators.rewind_for_descent if again else lambda stage: None)
+                passes = run(generators.rewind_for_pass if again else lambda stage: None)
             elif self._draws_nothing:
                 # Without `Draws`, which costs a call to Python for every operator.
                 passes = run(lambda stage: None)
@@ -302,6 +279,10 @@ class TrainStep(nn.Module):
                     self._finish(parameters, buffers, passes)
                 self._draws_nothing = draws.count == 0
         self.step_count += 1
+        self.optimizer.count = self.step_count
+        if scaler is not None:
+            scale, tracker = scaler.after(passes.finite)
+            self.loss_scale, self.growth_tracker = float(scale), int(tracker)
         return StepResult(
             loss=passes.loss,
             perturbed_loss=passes.perturbed_loss,
@@ -310,7 +291,25 @@ class TrainStep(nn.Module):
             finite=passes.finite,
             outputs=passes.outputs,
             perturbed_grad_norm=passes.perturbed_grad_norm,
+            loss_scale=None if scaler is None else scaler.shown,
         )
+
+    def check_master_weights(self) -> None:
+        """With mixed precision, refuses weights that are not float32: `StepConfigError`."""
+        named = self.model.named_parameters()
+        check_master_weights(named, self.autocast, self.loss_scaling)
+
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """Inside, operators compute in the dtype that the step casts to."""
+        return autocasting(self.model, self.autocast)
+
+    def scaler(self, device: torch.device) -> Scaler | None:
+        """The scale of the next step; None without loss scaling."""
+        if self.loss_scaling is None:
+            return None
+        scale = torch.tensor(self.loss_scale, dtype=torch.float32, device=device)
+        tracker = torch.tensor(self.growth_tracker, device=device)
+        return Scaler(self.loss_scaling, scale, tracker)
 
     def draws(self, device: torch.device) -> Draws:
         """The random numbers of the next step."""
@@ -320,13 +319,30 @@ class TrainStep(nn.Module):
             same=self.semantics.randomness == "same",
         )
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Seed and step number, for `state_dict`."""
-        return {"seed": self.seed, "step_count": self.step_count}
+    def load_averages(self, model: nn.Module) -> None:
+        """Copies the averaged weights and buffers into a model like the step's, to evaluate it."""
+        load_averages(self.averages, model)
 
-    def set_extra_state(self, state: Mapping[str, int]) -> None:
-        """The inverse of `get_extra_state`."""
+    def get_extra_state(self) -> dict[str, Any]:
+        """Seed, step number, scale of the loss and averages, for `state_dict`."""
+        state: dict[str, Any] = {"seed": self.seed, "step_count": self.step_count}
+        if self.loss_scaling is not None:
+            state |= {"loss_scale": self.loss_scale, "growth_tracker": self.growth_tracker}
+        if self.ema is not None:
+            state["averages"] = dict(self.averages)
+        return state
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `get_extra_state`.
+
+        A step with loss scaling keeps its own scale where the state has none.
+        """
         self.seed, self.step_count = state["seed"], state["step_count"]
+        if self.loss_scaling is not None and "loss_scale" in state:
+            self.loss_scale = float(state["loss_scale"])
+            self.growth_tracker = int(state["growth_tracker"])
+        for name, value in state.get("averages", {}).items() if self.ema is not None else ():
+            self.averages[name] = value.detach().to(self.averages[name], copy=True)
 
     def _finish(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], passes: Passes
@@ -340,8 +356,12 @@ class TrainStep(nn.Module):
             self.optimizer._opt_called = True
             for name in trained:
                 parameters[name].grad = None
+            for name, own in passes.memory.items():
+                self.optimizer.memory[parameters[name]] = dict(own)
             for name, value in buffers.items():
                 value.copy_(passes.buffers[name])
+            if self.ema is not None:
+                self.averages = self.ema.after(self.averages, {**parameters, **buffers})
         elif self.semantics.on_nonfinite == "raise":
             raise StepConfigError(
                 f"The step is not finite (loss {float(passes.loss):g}, perturbed loss "

@@ -13,12 +13,17 @@ from torch import Tensor
 from sam_export._compat import origins
 from sam_export.artifact import tree
 from sam_export.artifact.contract import (
+    AVERAGE,
+    GROWTH_TRACKER,
     HYPER,
     NEXT,
+    SCALE,
+    SCALED_METRIC,
     SEED,
     STAGE,
     STARTED,
     STEP,
+    TRAINING,
     HyperSpec,
     ProgramSpec,
     Role,
@@ -32,10 +37,12 @@ from sam_export.step.batch import BatchLayout, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.hyper import baked_of
+from sam_export.step.loss_scaling import Scaler
+from sam_export.step.mixed_precision import autocast_name, widened
 from sam_export.step.perturbation import name_of
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import BaseOptimizer, CapturedStep
-from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
+from sam_export.tracing.checks import refuse_mutation, refuse_other_state, refuse_wrong_flow
 from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
 from sam_export.tracing.losses import TraceableLosses
 from sam_export.tracing.randomness import (
@@ -45,9 +52,11 @@ from sam_export.tracing.randomness import (
     share_draws,
     share_dropout_factors,
 )
-from sam_export.tracing.state import StateLayout, accepts, dtype_name, state_layout
+from sam_export.tracing.sizes import multiples_of, smallest_sizes
+from sam_export.tracing.state import StateLayout, dtype_name, memory_name, state_layout
 from sam_export.tracing.surroundings import eval_mode, kernels
 from sam_export.tracing.trace import exported, traced
+from sam_export.tracing.unchanged import drop_unchanged
 
 
 def capture(
@@ -81,7 +90,8 @@ def capture(
             of momentum 0 is the gradient). Others are constants, which a session refuses to change.
 
     Returns:
-        The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``.
+        The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``; with
+        periodic SAM also ``base_step``, the step of one pass.
 
     Raises:
         StepConfigError: The batch, the loss or the optimizer do not make a step.
@@ -98,10 +108,12 @@ def capture(
     layout = step.layout(batch)
     values = layout.tensors(batch)
     dims = dims_of(dynamic, layout.names, values)
-    values = at_least_two(values, dims)
+    multiples = multiples_of(step, layout, values, dims)
+    values = at_least_two(values, dims, multiples)
+    step.check_master_weights()
     with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
-        how = (return_outputs, portable, stages, hyper)
+        how = (multiples, return_outputs, portable, stages, hyper)
         return _Capture(step, layout, values, dims, state, *how).run()
 
 
@@ -119,6 +131,7 @@ class _Capture:
         values: list[Tensor],
         dims: list[dict[int, str]],
         state: StateLayout,
+        multiples: dict[str, int],
         return_outputs: bool,
         portable: bool,
         stages: bool,
@@ -129,6 +142,7 @@ class _Capture:
         self.values = values
         self.dims = dims
         self.state = state
+        self.multiples = multiples
         self.return_outputs = return_outputs
         self.portable = portable
         self.stages = stages
@@ -148,25 +162,44 @@ class _Capture:
             )
             for name, value, marks in zip(self.layout.names, self.values, self.dims, strict=True)
         )
-        model_state = [spec for spec in self.state.specs if spec.role != "slot"]
+        now = [s for s in self.state.specs if s.role not in ("slot", "memory", "average")]
+        averaged = {AVERAGE + name for name in self.step.averages}
+        rest = {spec.name for spec in now if AVERAGE + spec.name not in averaged}
+        average = [spec for spec in self.state.specs if spec.name in averaged | rest]
+        inputs = len(self.layout.inputs)
         with eval_mode(self.step.model):
-            self._trace("evaluate", model_state, (), self._evaluate, len(self.layout.inputs))
-            self._trace("evaluate_loss", model_state, (), self._evaluate_loss, len(batch))
-        graph = self._trace("step", self.state.specs, self.hyper, self._step, len(batch))
+            if averaged:
+                self._trace("evaluate_loss_average", average, (), self._evaluate_loss, len(batch))
+                self._trace("evaluate_average", average, (), self._evaluate, inputs)
+            self._trace("evaluate", now, (), self._evaluate, inputs)
+            self._trace("evaluate_loss", now, (), self._evaluate_loss, len(batch))
+        periodic = self.step.optimizer.every > 1
+        names = ("base_step", "step") if periodic else ("step",)
+        for name in names:
+            graph = self._trace(name, self.state.specs, self.hyper, self._step(name), len(batch))
         if not self.drew:
-            self.state = self.state.without_draws()
+            self.state = self.state.without([SEED] if periodic else [SEED, STEP])
         contract = StepContract(
             state=self.state.specs,
             hyper=self.hyper,
             batch=batch,
             batch_kind=self.layout.kind,
-            dims=self._smallest(),
+            dims=smallest_sizes(
+                self.step, self.layout, self.state, self.values, self.dims, self.multiples
+            ),
+            multiples=self.multiples,
             programs=tuple(reversed(self.specs)),
             output_tree=self.output_tree,
             groups=tuple(tuple(group.names) for group in self.step.groups()),
             optimizer=type(self.step.optimizer.base_optimizer).__name__,
             baked=tuple(baked_of(self.step.optimizer, [spec.name for spec in self.hyper])),
             perturbation=name_of(self.step.optimizer.perturbation),
+            variant=self.step.optimizer.variant.name,
+            every=self.step.optimizer.every,
+            ascent_steps=self.step.optimizer.ascent_steps,
+            ema=None if self.step.ema is None else repr(self.step.ema),
+            autocast=autocast_name(self.step.autocast),
+            loss_scaling=self.step.loss_scaling,
         )
         program = contract.program("step")
         refuse_wrong_flow(
@@ -191,20 +224,20 @@ class _Capture:
     # -- the three functions that are traced: flat tensors by name -> (name, role, tensor) --------
 
     def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
-        with self._draws_of_evaluation(given):
+        with self._draws_of_evaluation(given), self.step.autocasting():
             inputs = [given[name] for name in self.layout.inputs]
+            model = self.step.model
             outputs = call_with(
-                self.step.model,
-                self._model_state(given),
-                lambda: self.layout.call(self.step.model, inputs),
-                refuse_replaced=False,
+                model, self._model_state(given), lambda: self.layout.call(model, inputs), False
             )
+        if self.step.autocast is not None:
+            outputs = widened(outputs)
         leaves, self.output_tree = tree.flatten(outputs)
         return [(name, "output", leaf) for name, leaf in leaves]
 
     def _evaluate_loss(self, given: Mapping[str, Tensor]) -> list[Produced]:
         objective = self.step.objective(self.layout, [given[name] for name in self.layout.names])
-        parameters, buffers = self.state.split(given)
+        parameters, buffers = self.state.split(self._without_averages(given))
         with torch.enable_grad():  # the objective checks that the loss depends on a parameter
             leaves = {name: value.detach() for name, value in parameters.items()}
             for name in self.state.trained:
@@ -214,43 +247,79 @@ class _Capture:
                 loss = objective(leaves, own, lambda loss, _: loss)
         return [("loss", "metric", loss.detach())]
 
-    def _step(self, given: Mapping[str, Tensor]) -> list[Produced]:
-        paths = origins.ModulePaths(self.step.model)
-        draws = self._draws(given, same=self.step.semantics.randomness == "same")
-        parameters, buffers = self.state.split(given)
-        stages: dict[str, Tensor] | None = {} if self.stages else None
-        with paths.recording():
-            passes, updated, slots = self.step.pure(
-                parameters,
-                buffers,
-                self.state.slots(given),
-                {spec.name: given[HYPER + spec.name] for spec in self.hyper},
-                self.layout,
-                [given[name] for name in self.layout.names],
-                at=paths.at,
-                watch=paths.watch,
-                draws=draws,
-                stages=stages,
-                started=given.get(STARTED),
-            )
-        result: list[Produced] = [
-            (name, "metric", getattr(passes, name)) for name in metrics_of(self.step.semantics)
-        ]
-        if self.return_outputs:
-            result += [(name, "output", leaf) for name, leaf in tree.flatten(passes.outputs)[0]]
-        result += [(STAGE + name, "stage", value) for name, value in (stages or {}).items()]
-        after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
-        if STARTED in given:
-            after[STARTED] = given[STARTED].clamp(min=1)  # a reader, so that it is written last
-        if draws is not None:
-            after |= {SEED: given[SEED], STEP: given[STEP] + 1}
-        return result + [
-            (NEXT + spec.name, spec.role, after[spec.name]) for spec in self.state.specs
-        ]
+    def _step(self, program: str) -> Callable[[Mapping[str, Tensor]], list[Produced]]:
+        """The function of a program that trains."""
+        perturbed = program == "step"
+
+        def function(given: Mapping[str, Tensor]) -> list[Produced]:
+            paths = origins.ModulePaths(self.step.model)
+            draws = self._draws(given, same=self.step.semantics.randomness == "same")
+            parameters, buffers = self.state.split(given)
+            stages: dict[str, Tensor] | None = {} if self.stages and perturbed else None
+            scaler = self._scaler(given)
+            with paths.recording():
+                passes, updated, slots = self.step.pure(
+                    parameters,
+                    buffers,
+                    self.state.slots(given),
+                    {spec.name: given[HYPER + spec.name] for spec in self.hyper},
+                    self.layout,
+                    [given[name] for name in self.layout.names],
+                    at=paths.at,
+                    watch=paths.watch,
+                    draws=draws,
+                    stages=stages,
+                    started=given.get(STARTED),
+                    memory=self.state.slots(given, "memory"),
+                    perturbed=perturbed,
+                    starts_specially=self.state.starts_specially,
+                    scaler=scaler,
+                )
+            result: list[Produced] = [
+                (name, "metric", getattr(passes, name)) for name in metrics_of(self.step.semantics)
+            ]
+            if scaler is not None:
+                result.append((SCALED_METRIC, "metric", scaler.shown))
+            if self.return_outputs:
+                leaves = tree.flatten(passes.outputs)[0]
+                result += [(name, "output", leaf) for name, leaf in leaves]
+            result += [(STAGE + name, "stage", value) for name, value in (stages or {}).items()]
+            after = {**parameters, **updated, **passes.buffers, **self.state.flat(slots)}
+            after |= {
+                memory_name(name, key): value
+                for name, own in passes.memory.items()
+                for key, value in own.items()
+            }
+            if self.step.ema is not None:
+                averages = self.step.ema.after(self.state.averages(given), after)
+                after |= {AVERAGE + name: value for name, value in averages.items()}
+            if STARTED in given:
+                after[STARTED] = given[STARTED].clamp(min=1)  # a reader: it is written last
+            if scaler is not None:
+                after[SCALE], after[GROWTH_TRACKER] = scaler.after(passes.finite)
+            if SEED in given:
+                after[SEED] = given[SEED]
+            if STEP in given:
+                after[STEP] = given[STEP] + 1
+            return result + [
+                (NEXT + spec.name, spec.role, after[spec.name]) for spec in self.state.specs
+            ]
+
+        return function
+
+    @staticmethod
+    def _without_averages(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a program that evaluates the average: that as the model's own state."""
+        return {name.removeprefix(AVERAGE): value for name, value in given.items()}
 
     def _model_state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parameters, buffers = self.state.split(given)
+        parameters, buffers = self.state.split(self._without_averages(given))
         return {**parameters, **{name: value.clone() for name, value in buffers.items()}}
+
+    def _scaler(self, given: Mapping[str, Tensor]) -> Scaler | None:
+        if self.step.loss_scaling is None:
+            return None
+        return Scaler(self.step.loss_scaling, given[SCALE], given[GROWTH_TRACKER])
 
     def _draws(
         self, given: Mapping[str, Tensor], same: bool, first_stream: int = 0
@@ -282,27 +351,32 @@ class _Capture:
         arguments += self.values[:batch_count]
         marks += self.dims[:batch_count]
         produced: list[Produced] = []
+        # Only what trains goes through the model part by part.
+        multiples = self.multiples if name in TRAINING else {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             produced[:] = function(dict(zip(names, tensors, strict=True)))
             return [tensor for _, _, tensor in produced]
 
-        graph_module, symbols = traced(flat, arguments, marks)
+        graph_module, symbols = traced(flat, arguments, marks, multiples)
         semantics = self.step.semantics
+        trains = name in TRAINING
         if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
             share_draws(graph_module)
         share_dropout_factors(graph_module)
         refuse_mutation(graph_module.graph)
         draws = bool(drawn_nodes(graph_module.graph))
         self.drew |= draws
-        # The step counts itself for evaluation programs that draw, too.
-        unread = set() if draws or (name == "step" and self.drew) else {SEED, STEP}
-        kept = _drop_unchanged(graph_module, names, [name for name, _, _ in produced], unread)
+        # The step counts itself for other programs that draw, too, and for its period.
+        unread = set() if draws or (trains and self.drew) else {SEED, STEP}
+        if trains and self.step.optimizer.every > 1:
+            unread -= {STEP}
+        kept = drop_unchanged(graph_module, names, [name for name, _, _ in produced], unread)
         places = [index for index, name in enumerate(names) if name not in unread]
         names = [names[place] for place in places]
         arguments = [arguments[place] for place in places]
         marks = [marks[place] for place in places]
-        program = exported(graph_module, arguments, marks)
+        program = exported(graph_module, arguments, marks, multiples)
         refuse_mutation(program.graph)
         outputs = [
             TensorSpec(output, role, dtype_name(output, tensor), _shape(tensor, symbols))
@@ -312,70 +386,10 @@ class _Capture:
         feeds = {
             spec.name: spec.name[len(NEXT) :] for spec in outputs if spec.name.startswith(NEXT)
         }
-        self._check_feeds(outputs, feeds)
+        refuse_other_state(self.state.specs, outputs, feeds)
         self.programs[name] = program
         self.specs.append(ProgramSpec(name, tuple(names), tuple(outputs), feeds))
         return graph_module
-
-    def _check_feeds(self, outputs: Sequence[TensorSpec], feeds: Mapping[str, str]) -> None:
-        state = {spec.name: spec for spec in self.state.specs}
-        for spec in outputs:
-            if spec.name in feeds:
-                before = state[feeds[spec.name]]
-                if (before.dtype, before.shape) != (spec.dtype, spec.shape):
-                    raise CaptureError(
-                        f"One step turns state {before.name!r} from {before.description} into "
-                        f"{spec.description}; the next step could not take it."
-                    )
-
-    def _smallest(self) -> dict[str, int]:
-        """The smallest size that each symbol may take: 2 where the model refuses 1 (BatchNorm)."""
-        smallest = {}
-        for symbol in sorted({symbol for marks in self.dims for symbol in marks.values()}):
-            values = [
-                value.narrow(d, 0, 1) if marks.get(d) == symbol else value
-                for value, marks in zip(self.values, self.dims, strict=True)
-                for d in [next((d for d, name in marks.items() if name == symbol), 0)]
-            ]
-            smallest[symbol] = 1 if accepts(self.step, self.layout, self.state, values) else 2
-        return smallest
-
-
-def _drop_unchanged(
-    graph_module: torch.fx.GraphModule,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    unread: set[str],
-) -> list[bool]:
-    """Removes new-state outputs that are just their input, and state that is of no use.
-
-    Args:
-        graph_module: It is changed.
-        inputs: Names of its inputs.
-        outputs: Names of its outputs.
-        unread: State to remove, input and output.
-
-    Returns:
-        For every output, whether it is kept.
-    """
-    graph = graph_module.graph
-    placeholders = dict(zip(inputs, graph.find_nodes(op="placeholder"), strict=True))
-    (result,) = graph.find_nodes(op="output")
-
-    def is_new(name: str, value: torch.fx.Node) -> bool:
-        state = name[len(NEXT) :]
-        return state not in unread and value is not placeholders[state]
-
-    kept = [
-        not name.startswith(NEXT) or is_new(name, value)
-        for name, value in zip(outputs, result.args[0], strict=True)
-    ]
-    result.args = ([value for value, keep in zip(result.args[0], kept, strict=True) if keep],)
-    graph.eliminate_dead_code()
-    for name in unread & placeholders.keys():
-        graph.erase_node(placeholders[name])
-    graph_module.recompile()
-    return kept
 
 
 def _shape(tensor: Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from sam_export._compat.origins import stage_of
-from sam_export.artifact.contract import StepContract
+from sam_export.artifact.contract import StepContract, TensorSpec
 from sam_export.errors import CaptureError
 
 
@@ -79,3 +79,22 @@ def refuse_wrong_flow(
         if depends[new] & (first_pass | bit["hyper.rho"]):
             need(new, bit["hyper.rho"], "rho: the second pass is missing")
             need(new, batch, "the batch")
+
+
+def refuse_other_state(
+    specs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], feeds: Mapping[str, str]
+) -> None:
+    """New state has the dtype and the shape of the old.
+
+    Raises:
+        CaptureError: It has others.
+    """
+    state = {spec.name: spec for spec in specs}
+    for spec in outputs:
+        if spec.name in feeds:
+            before = state[feeds[spec.name]]
+            if (before.dtype, before.shape) != (spec.dtype, spec.shape):
+                raise CaptureError(
+                    f"One step turns state {before.name!r} from {before.description} into "
+                    f"{spec.description}; the next step could not take it."
+                )

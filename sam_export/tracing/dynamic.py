@@ -56,16 +56,18 @@ def dims_of(
     return dims
 
 
-def at_least_two(values: Sequence[Tensor], dims: Sequence[Mapping[int, str]]) -> list[Tensor]:
-    """The examples with every symbolic size of 1 doubled.
+def at_least_two(
+    values: Sequence[Tensor], dims: Sequence[Mapping[int, str]], multiples: Mapping[str, int]
+) -> list[Tensor]:
+    """The examples with every symbolic size of 1 doubled, and every one that has parts of size 1.
 
     Tracing takes a size of 1 for a constant (it broadcasts), so such an example would not be
     symbolic; only shapes matter for a trace.
     """
     result = []
     for value, marks in zip(values, dims, strict=True):
-        for dim in marks:
-            if value.shape[dim] < 2:
+        for dim, name in marks.items():
+            if value.shape[dim] < 2 * multiples.get(name, 1):
                 value = value.repeat_interleave(2, dim)
         result.append(value)
     return result

@@ -98,10 +98,10 @@ _PURE_DRAWS = frozenset(
 
 
 def share_draws(graph_module: fx.GraphModule) -> None:
-    """Makes the descent pass use the random draws of the ascent pass.
+    """Makes later passes use the random draws of the first one.
 
-    Both passes run the same forward, so they hold the same random operators in the same order; the
-    draw of the k-th one of the second pass becomes that of the k-th one of the first.
+    All passes run the same forward, so they hold the same random operators in the same order; the
+    draw of the k-th one of a later pass becomes that of the k-th one of the first.
 
     Raises:
         CaptureError: The passes do not draw alike, or an operator mixes its draw with values.
@@ -110,15 +110,18 @@ def share_draws(graph_module: fx.GraphModule) -> None:
     stages: dict[str, list[fx.Node]] = {"ascent": [], "descent": []}
     for node in random_nodes(graph):
         stages.setdefault(origins.stage_of(node), []).append(node)
-    first, second = stages.pop("ascent"), stages.pop("descent")
-    if any(stages.values()) or [n.target for n in first] != [n.target for n in second]:
+    ascents, last = stages.pop("ascent"), stages.pop("descent")
+    # Of several ascent steps, all of which have one name, each has as many draws as the descent.
+    first, later = ascents[: len(last)], ascents[len(last) :] + last
+    passes = len(later) // max(len(first), 1)
+    if any(stages.values()) or [n.target for n in first] * passes != [n.target for n in later]:
         raise CaptureError(
-            "The two passes do not draw random numbers alike (ascent: "
-            f"{', '.join(str(n.target) for n in first) or 'nothing'}; descent: "
-            f"{', '.join(str(n.target) for n in second) or 'nothing'}), so they cannot share them. "
+            "The passes do not draw random numbers alike (ascent: "
+            f"{', '.join(str(n.target) for n in ascents) or 'nothing'}; descent: "
+            f"{', '.join(str(n.target) for n in last) or 'nothing'}), so they cannot share them. "
             'Capture with Semantics(randomness="fresh").'
         )
-    for drawn, again in zip(first, second, strict=True):
+    for drawn, again in zip(first * passes, later, strict=True):
         if _name(again) == "native_dropout":
             _share_dropout(graph, drawn, again)
         elif _name(again) in _PURE_DRAWS:

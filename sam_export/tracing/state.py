@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sam_export.artifact.contract import SEED, STARTED, STEP, TensorSpec
+from sam_export.artifact.contract import (
+    AVERAGE,
+    GROWTH_TRACKER,
+    SCALE,
+    SEED,
+    STARTED,
+    STEP,
+    Role,
+    TensorSpec,
+)
 from sam_export.errors import CaptureError, SamExportError, StepConfigError
 from sam_export.step.batch import BatchLayout
 from sam_export.step.train_step import TrainStep
@@ -44,17 +53,19 @@ def dtype_name(name: str, tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Parameters, then buffers, then slots, then counters and the seed.
+    """Parameters, then buffers, then slots, then counters, the scale of the loss and the seed.
 
     Attributes:
         specs: One per state tensor, in the order of the graph inputs.
         values: Initial value by name, on the CPU, in the dtype of the spec.
         trained: Names of the parameters that the loss depends on and the optimizer trains.
+        starts_specially: Whether the base optimizer's first update is a special one.
     """
 
     specs: tuple[TensorSpec, ...]
     values: dict[str, Tensor]
     trained: tuple[str, ...]
+    starts_specially: bool = False
 
     def split(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and buffers out of all state."""
@@ -63,22 +74,27 @@ class StateLayout:
             {s.name: given[s.name] for s in self.specs if s.role == "buffer"},
         )
 
-    def without_draws(self) -> StateLayout:
-        """The layout of a step that draws no random numbers: no seed, no step number."""
-        specs = tuple(spec for spec in self.specs if spec.name not in (SEED, STEP))
+    def without(self, names: Collection[str]) -> StateLayout:
+        """The layout of a step that has no use for some of the state."""
+        specs = tuple(spec for spec in self.specs if spec.name not in names)
         return replace(
             self, specs=specs, values={spec.name: self.values[spec.name] for spec in specs}
         )
 
-    def slots(self, given: Mapping[str, Tensor]) -> Slots:
-        """Slots out of all state, by parameter name and key."""
+    def slots(self, given: Mapping[str, Tensor], role: Role = "slot") -> Slots:
+        """Slots (or memories) out of all state, by parameter name and key."""
         slots: Slots = {}
         for spec in self.specs:
-            if spec.role == "slot":
+            if spec.role == role:
                 assert spec.parameter is not None
                 assert spec.slot is not None
                 slots.setdefault(spec.parameter, {})[spec.slot] = given[spec.name]
         return slots
+
+    def averages(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Averages out of all state, by the name of what is averaged."""
+        names = [spec.name for spec in self.specs if spec.role == "average"]
+        return {name.removeprefix(AVERAGE): given[name] for name in names}
 
     def flat(self, slots: Slots) -> dict[str, Tensor]:
         """The inverse of `slots`.
@@ -105,10 +121,16 @@ def slot_name(parameter: str, key: str) -> str:
     return f"slot.{key}.{parameter}"
 
 
+def memory_name(parameter: str, key: str) -> str:
+    """Name of a variant's memory in the contract."""
+    return f"memory.{key}.{parameter}"
+
+
 def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> StateLayout:
     """The state of ``step``: every parameter and buffer of the model, every slot of the optimizer,
-    where its first update is a special one, whether that was, and, where random numbers come from
-    Philox, seed and step number.
+    what the SAM variant keeps, averages, where the first update is a special one, whether that was,
+    the scale of the loss, where random numbers come from Philox, the seed, and there and in
+    periodic SAM the step number.
 
     Raises:
         StepConfigError: The loss uses no trained parameter, or the optimizer's slots cannot be
@@ -167,12 +189,27 @@ def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor])
                 eager_dtype=eager if eager != dtype else None,
             )
             add(spec, value)
-    if start.is_special:
-        add(TensorSpec(STARTED, "counter", "int64", ()), torch.tensor(0))
+    kept = step.memory()
+    for name in trained:
+        for key, value in kept.get(name, {}).items():
+            memory, dtype = memory_name(name, key), dtype_name(name, value)
+            spec = TensorSpec(memory, "memory", dtype, tuple(value.shape), parameter=name, slot=key)
+            add(spec, value)
+    for name, value in step.averages.items():
+        average = AVERAGE + name
+        add(TensorSpec(average, "average", dtype_name(average, value), tuple(value.shape)), value)
+    if start.is_special or step.optimizer.variant.starts:
+        has_started = not start.is_special and bool(step.optimizer.memory)
+        add(TensorSpec(STARTED, "counter", "int64", ()), torch.tensor(int(has_started)))
+    scaler = step.scaler(torch.device("cpu"))
+    if scaler is not None:
+        add(TensorSpec(SCALE, "scaler", "float32", ()), scaler.scale)
+        add(TensorSpec(GROWTH_TRACKER, "scaler", "int64", ()), scaler.growth_tracker)
     if step.semantics.generator == "philox":
         add(TensorSpec(SEED, "rng", "int64", ()), torch.tensor(step.seed))
+    if step.semantics.generator == "philox" or step.optimizer.every > 1:
         add(TensorSpec(STEP, "counter", "int64", ()), torch.tensor(step.step_count))
-    return StateLayout(tuple(specs), state, trained)
+    return StateLayout(tuple(specs), state, trained, start.is_special)
 
 
 def _used(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> set[str]:
@@ -202,20 +239,3 @@ def _used(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> set
         except Exception as error:
             raise explained(error) from error
     return {name for name, g in zip(names, gradients, strict=True) if g is not None}
-
-
-def accepts(
-    step: TrainStep, layout: BatchLayout, state: StateLayout, values: Sequence[Tensor]
-) -> bool:
-    """Whether a forward pass in training mode takes a batch of these shapes (on fake tensors)."""
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-        fakes = {name: mode.from_tensor(value) for name, value in state.values.items()}
-        parameters, buffers = state.split(fakes)
-        for name in state.trained:
-            parameters[name].requires_grad_()
-        batch = [mode.from_tensor(value.contiguous()) for value in values]
-        try:
-            step.objective(layout, batch)(parameters, buffers, lambda loss, _: loss)
-        except (ValueError, RuntimeError):
-            return False
-    return True

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,10 +37,14 @@ _NOT_THE_USERS = (
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(\S[^\n]*))?')
 
 
+_NO_MULTIPLES: Mapping[str, int] = MappingProxyType({})
+
+
 def traced(
     function: Callable[..., Sequence[Tensor]],
     arguments: Sequence[Tensor],
     dims: Sequence[Mapping[int, str]],
+    multiples: Mapping[str, int] = _NO_MULTIPLES,
 ) -> tuple[fx.GraphModule, dict[str, str]]:
     """One functional ATen graph of ``function``.
 
@@ -47,6 +52,7 @@ def traced(
         function: Flat tensors to flat tensors; it may use autograd and mutate its own temporaries.
         arguments: Example values.
         dims: Per argument: dimension to the name of its symbolic size.
+        multiples: Symbolic size to a number that divides all its values.
 
     Returns:
         A graph without mutation, without pass-through nodes, without profiler nodes; and the
@@ -55,7 +61,7 @@ def traced(
     Raises:
         CaptureError: The function depends on the values of its tensors, or on a symbolic size.
     """
-    fakes = tracing.FakeInputs()
+    fakes = tracing.FakeInputs(multiples)
     faked = [fakes.fake(value, dict(marks)) for value, marks in zip(arguments, dims, strict=True)]
     try:
         with fakes.mode, LoopedRecurrence():  # type: ignore[no-untyped-call]
@@ -67,21 +73,24 @@ def traced(
     _refuse_guards(fakes, dims, faked)
     _drop_profiler(raw)
     origins.stamp_lines(raw.graph, _line_in_text)
-    program = exported(raw, arguments, dims)
+    program = exported(raw, arguments, dims, multiples)
     graph_module = _functional(program)
     _drop_pass_through(graph_module)
     return graph_module, fakes.symbols()
 
 
 def exported(
-    graph_module: fx.GraphModule, arguments: Sequence[Tensor], dims: Sequence[Mapping[int, str]]
+    graph_module: fx.GraphModule,
+    arguments: Sequence[Tensor],
+    dims: Sequence[Mapping[int, str]],
+    multiples: Mapping[str, int] = _NO_MULTIPLES,
 ) -> torch.export.ExportedProgram:
     """``graph_module`` as an exported program with the symbolic sizes of ``dims``."""
     tracing.forget_history(graph_module)
     symbols: dict[str, Any] = {}
     shapes = tuple(
         {
-            dim: symbols.setdefault(name, torch.export.Dim(name, min=1))
+            dim: symbols.setdefault(name, _dim(name, multiples.get(name, 1)))
             for dim, name in marks.items()
         }
         for marks in dims
@@ -101,6 +110,13 @@ def exported(
             "The traced step cannot be exported with the symbolic sizes "
             f"{', '.join(symbols) or '(none)'}: {error}"
         ) from error
+
+
+def _dim(name: str, multiple: int) -> Any:
+    """A symbolic size, or one that is a multiple of a number."""
+    if multiple == 1:
+        return torch.export.Dim(name, min=1)
+    return multiple * torch.export.Dim(f"{name}_part", min=1)
 
 
 def _functional(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -48,6 +48,12 @@ CLIPPING: dict[str, dict[str, float]] = {
     "norm": {"clip_norm": 0.1},
     "value": {"clip_value": 0.02},
 }
+VARIANTS = {
+    "sam": None,
+    "GSAM": sx.GSAM(),
+    "FriendlySAM": sx.FriendlySAM(),
+    "LookSAM": sx.LookSAM(),
+}
 PERTURBATIONS = {"sam": None, "ASAM": sx.ASAM(), "own": softened_signs}
 
 FACTORS: dict[str, list[Any]] = {
@@ -58,6 +64,11 @@ FACTORS: dict[str, list[Any]] = {
     ],
     "model": ["mlp", "norms", "dropout"],
     "perturbation": list(PERTURBATIONS),
+    "variant": list(VARIANTS),
+    "every": [1, 3],
+    "ema": [False, True],
+    "parts": ["whole", "batch", "micro_batch"],
+    "ascent_steps": [1, 2],
     "clipping": list(CLIPPING),
     "dtype": ["float32", "float64"],
     "norm_over": ["all", "perturbed"],
@@ -79,6 +90,19 @@ IMPOSSIBLE: list[tuple[tuple[str, str], Callable[[Any, Any], bool]]] = [
     # The stock training API writes in place, in float32.
     (("optimizer", "target"), lambda *two: two == ("ASGD", "ort-artifacts")),
     (("dtype", "target"), lambda *two: two == ("float64", "ort-artifacts")),
+    # It has one training model.
+    (("every", "target"), lambda every, target: every > 1 and target == "ort-artifacts"),
+    (("variant", "target"), lambda *two: two == ("LookSAM", "ort-artifacts")),
+    # It evaluates the weights that it trains.
+    (("ema", "target"), lambda ema, target: ema and target == "ort-artifacts"),
+    # A variant with a memory has one direction to remember, not one for each part.
+    (
+        ("variant", "parts"),
+        lambda variant, parts: variant in ("FriendlySAM", "LookSAM") and parts == "micro_batch",
+    ),
+    # What LookSAM does otherwise is between the steps of SAM; Friendly SAM has one direction.
+    (("variant", "every"), lambda variant, every: variant == "LookSAM" and every == 1),
+    (("variant", "ascent_steps"), lambda variant, n: variant == "FriendlySAM" and n > 1),
     # Other perturbations have their own norm; Rprop has no decay.
     (("perturbation", "norm_over"), lambda kind, norm: kind != "sam" and norm == "perturbed"),
     (("optimizer", "dynamic"), lambda optimizer, dynamic: optimizer == "Rprop" and dynamic),
@@ -127,16 +151,34 @@ def step_of(cell: Any) -> sx.TrainStep:
         radius = 0.0 if cell.norm_over == "perturbed" else 0.02
         groups = [{"params": rest}, {"params": [last], "rho": radius, "lr": options["lr"] / 2}]
     perturbation = PERTURBATIONS[cell.perturbation]
-    sam = sx.SAM(groups, kind, rho=0.05, perturbation=perturbation, **options)
+    sam = sx.SAM(
+        groups,
+        kind,
+        rho=0.05,
+        perturbation=perturbation,
+        variant=VARIANTS[cell.variant],
+        every=cell.every,
+        ascent_steps=cell.ascent_steps,
+        **options,
+    )
     semantics = sx.Semantics(
         norm_over=cell.norm_over,
         running_stats=cell.running_stats,
         randomness=cell.randomness,
         decay_in_ascent=cell.decay_in_ascent,
         on_nonfinite=cell.on_nonfinite,
+        micro_batches=1 if cell.parts == "whole" else 2,
+        perturbation_per="micro_batch" if cell.parts == "micro_batch" else "batch",
         **CLIPPING[cell.clipping],
     )
-    return sx.TrainStep(own, nn.CrossEntropyLoss(), sam, semantics=semantics, seed=3)
+    return sx.TrainStep(
+        own,
+        nn.CrossEntropyLoss(),
+        sam,
+        semantics=semantics,
+        seed=3,
+        ema=sx.EMA(0.8) if cell.ema else None,
+    )
 
 
 def check(cell: Any) -> None:
@@ -147,7 +189,7 @@ def check(cell: Any) -> None:
             torch.randn(size, 12, generator=generator, dtype=torch.float64).to(dtype),
             torch.randint(0, 3, (size,), generator=generator),
         )
-        for size in (7, 7, 5)
+        for size in (8, 8, 6)
     ]
     dynamic = ["weight_decay"] if cell.dynamic else []
     session = sx.load(sx.capture(step, batches[0], dynamic_hyper=dynamic), target=cell.target)

@@ -1,4 +1,7 @@
-"""Forms that compute in float32 where their input is float16, as ATen's kernels do."""
+"""Forms that compute in float32 where their input is float16, as ATen's kernels do.
+
+And the rounding to float16 that ONNX Runtime's CPU does not leave out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,21 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
+from sam_export.lower import float16_rounding  # noqa: F401  the operator
+from sam_export.lower.onnx_ops.table import lowering
+
 _HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+
+
+@lowering("sam_export::rounded_to_float16")
+def rounded_to_float16(x: ir.Value) -> Any:
+    """rounded_to_float16(Tensor x) -> Tensor
+
+    A cast to float16 and back. ONNX Runtime leaves out a pair of casts, also one that rounds; the
+    largest of one number, which is that number (and NaN of NaN), is an operator between them that
+    its CPU has for float16.
+    """
+    return op.Cast(op.Max(op.Cast(x, to=_HALF.value)), to=_FLOAT.value)
 
 
 def in_float32(keeps: Sequence[int] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

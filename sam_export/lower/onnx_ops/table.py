@@ -54,11 +54,14 @@ class Tables:
         forms: Operator overload to the function that writes its ONNX form.
         decomposed: Operators that torch's decompositions take apart before that.
         own_decompositions: Operator overload to our own decomposition of it.
+        has_float16: Whether the device computes in float16. Otherwise a float16 graph is written in
+            float32, with the roundings (`float16_rounding`).
     """
 
     forms: Mapping[Any, Callable[..., Any]]
     decomposed: Sequence[Any]
     own_decompositions: Mapping[Any, Callable[..., Any]]
+    has_float16: bool = False
 
 
 PORTABLE = Tables(FORMS, DECOMPOSED, OWN_DECOMPOSITIONS)

@@ -1,0 +1,1 @@
+"""Variants of SAM: each file is one, with its equation and its paper."""
