@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
 from sam_export.artifact.contract import (
-    AVERAGE,
     CLIPPED_METRIC,
     HYPER,
     METRICS,
@@ -31,7 +30,7 @@ from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
 from sam_export.runtime.eager_exchange import Progress, read_eager, write_eager
 from sam_export.runtime.engine import Engine
-from sam_export.runtime.model_file import check_path, write_model
+from sam_export.runtime.model_file import write_model
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +221,7 @@ class Session:
         and outputs are those of `evaluate`. The file appears whole or not at all.
 
         Args:
-            path: The file.
+            path: The file; one that is there is replaced.
             average: With the averaged weights instead, of a step with `EMA`.
 
         Raises:
@@ -230,16 +229,10 @@ class Session:
                 model draws random numbers in eval mode; or a stock ONNX Runtime cannot load it.
             ArtifactError: The disk refuses, or the artifact of this session is not there any more.
         """
-        program = self._program("evaluate")
-        averaged = set(self._program("evaluate_average").inputs if average else ())
+        self._program("evaluate_average" if average else "evaluate")
         if self._artifact is None:
             raise SessionError("This session was not loaded from an artifact.")
-        check_path(self.target, Path(path))
-        held = [spec.name for spec in self.contract.state if spec.name in program.inputs]
-        kept_as = {name: AVERAGE + name if AVERAGE + name in averaged else name for name in held}
-        read = self._engine.read(list(kept_as.values()))
-        state = {name: read[source] for name, source in kept_as.items()}
-        write_model(self._artifact, Path(path), state)
+        write_model(self._artifact, Path(path), self._engine.read, average)
 
     def load_into(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
