@@ -72,8 +72,9 @@ class LoopedRecurrence(TorchFunctionMode):
             return func(*args)
         if loops and torch.is_autocast_enabled(x.device.type):
             raise CaptureError(
-                f"The {name} runs over a symbolic number of tokens, as a loop that autocast does not "
-                'reach into. Capture with a fixed number (dynamic="batch"), or without autocast.'
+                f"The {name} runs over a symbolic number of tokens, as a loop that autocast does "
+                'not reach into. Capture with a fixed number (dynamic="batch"), or without '
+                "autocast."
             )
         x = x.transpose(0, 1) if batch_first else x
         if not loops:
