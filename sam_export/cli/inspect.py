@@ -98,6 +98,8 @@ def _print_overview(artifact: Artifact) -> None:
         ["size", format_bytes(artifact.size)],
         ["base optimizer", f"{contract.optimizer} over {groups} parameters"],
         ["perturbation", contract.perturbation],
+        ["kind of SAM", _kind(contract)],
+        ["averaged weights", contract.ema or "none"],
         ["mixed precision", _precision(contract)],
         ["hyper-parameters", hyper],
         ["constants", _constants(contract)],
@@ -109,6 +111,16 @@ def _print_overview(artifact: Artifact) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}")
+
+
+def _kind(contract: StepContract) -> str:
+    """Variant, period and ascent steps, where they are not SAM's own."""
+    parts = [contract.variant]
+    if contract.every > 1:
+        parts.append(f"every {contract.every} steps")
+    if contract.ascent_steps > 1:
+        parts.append(f"{contract.ascent_steps} ascent steps")
+    return ", ".join(parts)
 
 
 def _precision(contract: StepContract) -> str:

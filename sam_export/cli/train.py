@@ -56,6 +56,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--data", required=True, metavar="DATA", help="FILE.npz or module:function (see below)"
     )
     parser.add_argument("--validate", metavar="DATA", help="evaluated after each epoch, unshuffled")
+    parser.add_argument(
+        "--average", action="store_true", help="validate and export the averaged weights (EMA)"
+    )
     parser.add_argument("--epochs", type=int, metavar="N", help="in the whole run; default: 1")
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help=f"default: {DEFAULT_BATCH_SIZE}"
@@ -110,6 +113,11 @@ def run(args: argparse.Namespace) -> int:
             args.artifact, device=args.device, threads=args.threads, cuda=cuda
         )
     _check_hyper(session, settings)
+    if args.average and session.contract.ema is None:
+        raise CommandError(
+            f"--average: the step of {args.artifact} keeps no average of its weights. Give its "
+            "TrainStep ema=sam_export.EMA(), and export it again."
+        )
     if args.export_model:
         from sam_export.runtime.model_file import check_path
 
@@ -132,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_every=args.checkpoint_every,
         log=log,
         resume_hint=_resume_hint(args),
+        average=args.average,
     )
     with log or nullcontext():
         steps = loop.run()
@@ -143,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save_state:
         _save_state(session, Path(args.save_state))
     if args.export_model:
-        session.export_model(args.export_model)
+        session.export_model(args.export_model, average=args.average)
     at_the_end = [args.save_state, args.export_model]
     written = [path for path in ((checkpoint, args.log) if steps else ()) if path]
     written += [path for path in at_the_end if path]
@@ -248,6 +257,7 @@ def _resume_hint(args: argparse.Namespace) -> str:
         *(("--log", args.log) if args.log else ()),
         *(("--save-state", args.save_state) if args.save_state else ()),
         *(("--export-model", args.export_model) if args.export_model else ()),
+        *(("--average",) if args.average else ()),
         *(("--threads", args.threads) if args.threads else ()),
         *(("--device", args.device) if args.device != "cpu" else ()),
         *cuda_arguments(args),

@@ -36,8 +36,8 @@ def parts_of(model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
     return (model.model, model.optimizer, model) if is_step else (model, optimizer, None)
 
 
-def refuse_other_scaling(contract: StepContract, step: Any) -> None:
-    """Refuses a `TrainStep` that does not scale its loss as the contract's step does.
+def refuse_other_step(contract: StepContract, step: Any) -> None:
+    """Refuses a `TrainStep` that scales its loss or averages its weights in another way.
 
     Raises:
         SessionError: Their settings differ.
@@ -48,6 +48,12 @@ def refuse_other_scaling(contract: StepContract, step: Any) -> None:
             f"The TrainStep has loss_scaling={found}, and this step {contract.loss_scaling}: the "
             "scale of one means nothing to the other. Nothing changed. To leave the scale out, "
             "give its model and optimizer instead."
+        )
+    ema = None if getattr(step, "ema", None) is None else repr(step.ema)
+    if step is not None and ema != contract.ema:
+        raise SessionError(
+            f"The TrainStep has ema={ema}, and this step {contract.ema}. Nothing changed. To leave "
+            "the average out, give its model and optimizer instead."
         )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from sam_export.artifact.contract import SEED
+from sam_export.artifact.contract import AVERAGE, SEED
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import ArtifactError, SessionError
 
@@ -26,13 +26,19 @@ WRITERS = {
 """Target to the ending of the file that is made of it, and the module whose ``write`` makes it."""
 
 
-def write_model(artifact: Artifact, path: Path, state: Mapping[str, NDArray[Any]]) -> None:
-    """Writes the program ``evaluate`` of an artifact with ``state`` inside, whole or not at all.
+def write_model(
+    artifact: Artifact,
+    path: Path,
+    read: Callable[[Sequence[str]], Mapping[str, NDArray[Any]]],
+    average: bool = False,
+) -> None:
+    """Writes the program ``evaluate`` of an artifact with its state inside, whole or not at all.
 
     Args:
         artifact: Whose model.
         path: The file; its ending says which form is meant. One that is there is replaced.
-        state: Parameters and buffers by name.
+        read: Gives state by name.
+        average: Whether averages take the place of what they are averages of.
 
     Raises:
         SessionError: The target has no such form, or another one than ``path`` asks for; the model
@@ -40,7 +46,8 @@ def write_model(artifact: Artifact, path: Path, state: Mapping[str, NDArray[Any]
         ArtifactError: The artifact is not there any more, or has changed; or the disk refuses.
     """
     _, module = _writer(artifact.target, path)
-    if SEED in artifact.contract.program("evaluate").inputs:
+    inputs = artifact.contract.program("evaluate").inputs
+    if SEED in inputs:
         raise SessionError(
             "The model draws random numbers in eval mode, too, from this step's own generator, "
             "which a file without a session does not have. Make it draw in training mode only "
@@ -50,6 +57,12 @@ def write_model(artifact: Artifact, path: Path, state: Mapping[str, NDArray[Any]
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder; a model is one file. Give a file name.")
     _check_unchanged(artifact)
+    known = {spec.name for spec in artifact.contract.state}
+    held = {name: name for name in inputs if name in known}
+    if average:
+        held |= {name: AVERAGE + name for name in held if AVERAGE + name in known}
+    found = read(list(held.values()))
+    state = {name: found[source] for name, source in held.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         importlib.import_module(module).write(artifact, path, state)

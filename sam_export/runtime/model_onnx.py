@@ -199,9 +199,15 @@ def _load(partial: Path, path: Path, artifact: Artifact) -> None:
     try:
         ort.InferenceSession(str(partial), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own, which derive from nothing narrower
+        double = any(spec.dtype == "float64" for spec in artifact.contract.state)
+        reason = (
+            " Its optimizers fuse float64 nodes, too, into operators that it has in float32 only: "
+            "a model in float32 would load."
+        )
         raise SessionError(
             f"ONNX Runtime {ort.__version__} does not load the model with its default options, so "
-            f"{path} was not written: {error}. `Session.evaluate` runs it from {artifact.path}."
+            f"{path} was not written.{reason if double else ''} `Session.evaluate` runs it from "
+            f"{artifact.path}. {error}"
         ) from error
 
 

@@ -16,8 +16,8 @@ MODEL_GRAPH = 7
 GRAPH_NODE, GRAPH_NAME, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
 VALUE_NAME, VALUE_TYPE = 1, 2
 TYPE_TENSOR, TENSOR_ELEMENT = 1, 1
-NODE_INPUT, NODE_ATTRIBUTE = 1, 5
-ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS = 6, 11
+NODE_INPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE = 1, 3, 4, 5
+ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS = 1, 3, 6, 11
 TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_RAW = 1, 2, 8, 9
 TENSOR_EXTERNAL, TENSOR_LOCATION = 13, 14
 ENTRY_KEY, ENTRY_VALUE = 1, 2
@@ -40,6 +40,9 @@ DTYPES = {
     "uint64": 13,
 }
 """NumPy's name of an element type to ``TensorProto.DataType``."""
+
+BFLOAT16 = 16
+"""``TensorProto.DataType`` of the type that NumPy does not have."""
 
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 
@@ -143,6 +146,38 @@ def names_read(graph: bytes | memoryview) -> set[str]:
                     if inner.number in (ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS):
                         names |= names_read(inner.message)
     return names
+
+
+def first_cast_to(graph: bytes | memoryview, element: int) -> str | None:
+    """Name of the first node that casts to an element type, in branches and loops too.
+
+    Args:
+        graph: A ``GraphProto``.
+        element: ``TensorProto.DataType``.
+
+    Returns:
+        None where there is no such node.
+
+    Raises:
+        ValueError: The bytes are no ``GraphProto``.
+    """
+    for field in fields(graph):
+        if field.number != GRAPH_NODE:
+            continue
+        parts = list(fields(field.message))
+        texts = {part.number: part.text for part in parts if part.number in (NODE_NAME, NODE_OP)}
+        for part in parts:
+            if part.number != NODE_ATTRIBUTE:
+                continue
+            inner = {entry.number: entry for entry in fields(part.message)}
+            if texts.get(NODE_OP) == "Cast" and inner[ATTRIBUTE_NAME].text == "to":
+                if inner[ATTRIBUTE_INT].value == element:
+                    return texts.get(NODE_NAME, "")
+            elif ATTRIBUTE_GRAPH in inner:
+                found = first_cast_to(inner[ATTRIBUTE_GRAPH].message, element)
+                if found is not None:
+                    return found
+    return None
 
 
 def dtype_of(value: bytes | memoryview) -> np.dtype[np.generic]:

@@ -12,16 +12,11 @@ from numpy.typing import NDArray
 
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
 from sam_export.artifact.contract import (
-    AVERAGE,
     CLIPPED_METRIC,
-    GROWTH_TRACKER,
     HYPER,
     METRICS,
-    SCALE,
     SCALED_METRIC,
-    SEED,
     STAGE,
-    STARTED,
     STEP,
     ProgramSpec,
     StepContract,
@@ -33,9 +28,9 @@ from sam_export.artifact.state_file import differences, first_few, shapes_of
 from sam_export.artifact.tree import unflatten
 from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
-from sam_export.runtime.eager_state import EagerState, host_array, parts_of, refuse_other_scaling
+from sam_export.runtime.eager_exchange import Progress, read_eager, write_eager
 from sam_export.runtime.engine import Engine
-from sam_export.runtime.model_file import check_path, write_model
+from sam_export.runtime.model_file import write_model
 
 if TYPE_CHECKING:
     import torch
@@ -218,24 +213,26 @@ class Session:
         self._set_hyper(checkpoint.hyper)
         self._step_count = checkpoint.step_count
 
-    def export_model(self, path: str | os.PathLike[str]) -> None:
+    def export_model(self, path: str | os.PathLike[str], average: bool = False) -> None:
         """Writes the model's forward in eval mode, current weights inside, to serve it.
 
         The ONNX targets write an ``.onnx`` file that any ONNX Runtime runs, ``torchscript`` a
         ``.pt`` for `torch.jit.load`, ``torch-compile`` a ``.pt2`` for `torch.export.load`. Inputs
         and outputs are those of `evaluate`. The file appears whole or not at all.
 
+        Args:
+            path: The file; one that is there is replaced.
+            average: With the averaged weights instead, of a step with `EMA`.
+
         Raises:
             SessionError: The target has no such form, or not the one that ``path`` ends in; the
                 model draws random numbers in eval mode; or a stock ONNX Runtime cannot load it.
             ArtifactError: The disk refuses, or the artifact of this session is not there any more.
         """
-        program = self._program("evaluate")
+        self._program("evaluate_average" if average else "evaluate")
         if self._artifact is None:
             raise SessionError("This session was not loaded from an artifact.")
-        check_path(self.target, Path(path))
-        held = [spec.name for spec in self.contract.state if spec.name in program.inputs]
-        write_model(self._artifact, Path(path), self._engine.read(held))
+        write_model(self._artifact, Path(path), self._engine.read, average)
 
     def load_into(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
@@ -253,47 +250,8 @@ class Session:
         Raises:
             SessionError: A name, shape, dtype, parameter group or slot differs.
         """
-        import torch
-
-        model, optimizer, step = parts_of(model, optimizer)
-        refuse_other_scaling(self.contract, step)
-        eager = EagerState(self.contract, model, optimizer)
-        state = self.state
-        made = {spec.name: eager.new_slot(spec, p) for spec, p, old in eager.slots if old is None}
-        with torch.no_grad():
-            for name, tensor in eager.tensors.items():
-                tensor.data.copy_(torch.tensor(state[name]))
-            for spec, parameter, old in eager.slots:
-                if state.get(STARTED) == 0:  # eager tells its first update by having no slots
-                    eager.base.state.get(parameter, {}).pop(spec.slot, None)
-                    continue
-                value = made[spec.name] if old is None else old
-                if isinstance(value, torch.Tensor):
-                    value.data.copy_(torch.tensor(state[spec.name]))
-                else:
-                    value = type(value)(state[spec.name].item())
-                eager.base.state[parameter][spec.slot] = value
-            for spec, parameter, _ in eager.memories:
-                if state.get(STARTED) == 0:
-                    eager.sam.memory.pop(parameter, None)
-                    continue
-                kept = torch.tensor(state[spec.name]).to(parameter)
-                eager.sam.memory.setdefault(parameter, {})[spec.slot] = kept
-            for name, index, group, key in eager.settings:
-                if isinstance(group[key], torch.Tensor):
-                    group[key].fill_(self._hyper[name][index])
-                else:
-                    group[key] = self._hyper[name][index]
-        if eager.sam is not None and self.contract.every > 1:
-            eager.sam.count = self._number
-        if step is not None:
-            step.step_count = int(state.get(STEP, self._step_count))
-            step.seed = int(state.get(SEED, step.seed))
-            for name, average in step.averages.items():
-                average.copy_(torch.tensor(state[AVERAGE + name]))
-            if SCALE in state:
-                step.loss_scale = float(state[SCALE])
-                step.growth_tracker = int(state[GROWTH_TRACKER])
+        numbers = Progress(self._hyper, self._step_count, self._number)
+        write_eager(self.contract, self.state, numbers, model, optimizer)
 
     def load_from(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Takes the whole state over from an eager model and optimizer, exactly. Needs torch.
@@ -310,38 +268,13 @@ class Session:
         Raises:
             SessionError: A name, shape, dtype, parameter group, slot or hyper-parameter differs.
         """
-        model, optimizer, step = parts_of(model, optimizer)
-        refuse_other_scaling(self.contract, step)
-        eager = EagerState(self.contract, model, optimizer)
-        hyper = {spec.name: list(self._hyper[spec.name]) for spec in self.contract.hyper}
-        for name, index, group, key in eager.settings:
-            hyper[name][index] = float(group[key])
-        values = merged_hyper(self._hyper, hyper, self.contract)
-        state = {name: host_array(tensor) for name, tensor in eager.tensors.items()}
-        for spec, _, value in eager.slots:
-            found = self._first_slots[spec.name] if value is None else value
-            state[spec.name] = host_array(found).astype(spec.dtype)
-        for spec, parameter, value in eager.memories:
-            zeros = np.zeros(tuple(parameter.shape), spec.dtype)
-            state[spec.name] = zeros if value is None else host_array(value).astype(spec.dtype)
-        kept = [spec.name for spec in self.contract.state if spec.name not in state]
-        state.update(self._engine.read(kept))
-        if STARTED in state:
-            made = (*eager.slots, *eager.memories)
-            state[STARTED] = np.array(int(any(value is not None for _, _, value in made)))
-        if STEP in state and eager.sam is not None and self.contract.every > 1:
-            state[STEP] = np.array(eager.sam.count)
-        if step is not None:
-            numbers = {SEED: step.seed, STEP: step.step_count}
-            state.update({n: np.array(v) for n, v in numbers.items() if n in kept})
-            state |= {AVERAGE + n: host_array(value) for n, value in step.averages.items()}
-            if SCALE in kept:
-                state[SCALE] = np.array(step.loss_scale, np.float32)
-                state[GROWTH_TRACKER] = np.array(step.growth_tracker)
-        self.set_state(state)
-        self._set_hyper(values)
-        if step is not None:
-            self._step_count = step.step_count
+        eager = read_eager(
+            self.contract, self._hyper, self._first_slots, self._engine.read, model, optimizer
+        )
+        self.set_state(eager.state)
+        self._set_hyper(eager.hyper)
+        if eager.step_count is not None:
+            self._step_count = eager.step_count
 
     def __repr__(self) -> str:
         count = sum(spec.role == "parameter" for spec in self.contract.state)

@@ -32,7 +32,7 @@ class TorchCompileEngine(FlatTorchEngine):
         program = inductor.compiled(
             in_place(graph, spec, discarded, scalars), varying="batch", eager_random=bool(drawn)
         )
-        if not self._cuda.cuda_graph or spec.name != "step":
+        if not self._cuda.cuda_graph or not spec.feeds:
             return program
         if drawn:
             raise SessionError(

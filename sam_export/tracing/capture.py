@@ -202,9 +202,8 @@ class _Capture:
             loss_scaling=self.step.loss_scaling,
         )
         program = contract.program("step")
-        refuse_wrong_flow(
-            graph.graph, program.inputs, [spec.name for spec in program.outputs], contract
-        )
+        named = [spec.name for spec in program.outputs]
+        refuse_wrong_flow(graph.graph, program.inputs, named, contract, self.step.semantics)
         return CapturedStep(
             contract=contract,
             semantics=self.step.semantics,

@@ -9,6 +9,7 @@ from torch import fx
 
 from sam_export._compat.origins import stage_of
 from sam_export.artifact.contract import StepContract, TensorSpec
+from sam_export.artifact.semantics import Semantics
 from sam_export.errors import CaptureError
 
 
@@ -31,7 +32,11 @@ def refuse_mutation(graph: fx.Graph) -> None:
 
 
 def refuse_wrong_flow(
-    graph: fx.Graph, inputs: Sequence[str], outputs: Sequence[str], contract: StepContract
+    graph: fx.Graph,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    contract: StepContract,
+    semantics: Semantics,
 ) -> None:
     """The graph holds two passes: what depends on what is as one SAM step has it.
 
@@ -68,7 +73,10 @@ def refuse_wrong_flow(
         if not depends[name] & sources:
             raise CaptureError(f"Output {name!r} of the captured step does not depend on {what}.")
 
-    if depends["loss"] & (bit["hyper.rho"] | bit["hyper.lr"]):
+    # Where a batch's parts follow one another, each may begin with the statistics that the second
+    # pass of the last one left; a normalization reads them without needing them.
+    follows = semantics.perturbs_each_part and semantics.running_stats == "both"
+    if depends["loss"] & bit["hyper.lr"] or (depends["loss"] & bit["hyper.rho"] and not follows):
         raise CaptureError("The loss of the captured step depends on a hyper-parameter.")
     need("loss", batch, "the batch")
     need("perturbed_loss", bit["hyper.rho"], "rho")

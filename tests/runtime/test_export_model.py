@@ -191,6 +191,38 @@ def test_named_inputs_and_several_outputs(target: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("target", ["onnx", "torchscript"])
+def test_the_averaged_weights(target: str, tmp_path: Path) -> None:
+    def made() -> sx.TrainStep:
+        plain = make(torch.float32, "sgd")
+        ema = sx.EMA(0.9)
+        return sx.TrainStep(plain.model, nn.CrossEntropyLoss(), plain.optimizer, ema=ema)
+
+    step = made()
+    session = sx.load(sx.capture(step, images(5, torch.float32)), target=target, threads=1)
+    for seed in range(4):
+        session.step(*images(6, torch.float32, seed))
+    path = tmp_path / file_name(target)
+    session.export_model(path, average=True)
+    model = make(torch.float32, "sgd").model.eval()
+    state = session.state
+    names = {n: f"average.{n}" if f"average.{n}" in state else n for n in model.state_dict()}
+    assert any(name.startswith("average.") for name in names.values())
+    model.load_state_dict({n: torch.from_numpy(state[at]) for n, at in names.items()})
+    x, _ = images(7, torch.float32, seed=9)
+    found = run_onnx(path, {"x": x})["output"] if target == "onnx" else loaded(path)(x).numpy()
+    with torch.no_grad():
+        expected = model(x).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound(expected))
+    assert np.abs(found - session.evaluate(x)).max() > 100 * bound(expected)
+
+
+def test_averaged_weights_that_there_are_not(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(SessionError, match="No program 'evaluate_average'"):
+        session.export_model(tmp_path / "model.onnx", average=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_scripted_model_checks_what_it_is_given(tmp_path: Path) -> None:
     session, _, _ = trained("torchscript", torch.float32)
     session.export_model(tmp_path / "model.pt")

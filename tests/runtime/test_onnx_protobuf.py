@@ -66,6 +66,17 @@ def test_element_types_are_those_of_onnx() -> None:
         pb.dtype_of(other.SerializeToString())
 
 
+def test_the_first_cast_is_found_in_a_branch() -> None:
+    made = model()
+    branch = made.graph.node[0].attribute[0].g
+    branch.node.append(helper.make_node("Cast", ["x"], ["c"], name="one", to=TensorProto.FLOAT))
+    branch.node.append(helper.make_node("Cast", ["x"], ["d"], name="two", to=TensorProto.BFLOAT16))
+    data = made.graph.SerializeToString()
+    assert pb.first_cast_to(data, TensorProto.FLOAT) == "one"
+    assert pb.first_cast_to(data, pb.BFLOAT16) == "two"
+    assert pb.first_cast_to(data, TensorProto.INT64) is None
+
+
 @pytest.mark.parametrize("number", [0, 1, 127, 128, 300, 2**31, 2**63 - 1])
 def test_numbers_are_written_as_protobuf_does(number: int) -> None:
     data = pb.number_field(pb.TENSOR_DIMS, number)

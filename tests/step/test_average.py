@@ -138,6 +138,29 @@ def test_it_goes_both_ways_and_through_checkpoints(tmp_path: Any) -> None:
     assert_same(averaged, by_torch(use_buffers=True).module)
 
 
+def test_a_step_with_another_average_is_refused() -> None:
+    session = sx.load(sx.capture(train_step(ema=sx.EMA(DECAY)), batches()[0]), target="torchscript")
+    for other in (train_step(), train_step(ema=sx.EMA(0.5))):
+        with pytest.raises(sx.SessionError, match=r"this step EMA\(decay=0.8"):
+            session.load_from(other)
+        with pytest.raises(sx.SessionError, match="To leave the average out"):
+            session.load_into(other)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated:DeprecationWarning")
+def test_the_averaged_model_is_written(tmp_path: Any) -> None:
+    given = batches()
+    session = sx.load(sx.capture(train_step(ema=sx.EMA(DECAY)), given[0]), target="torchscript")
+    for x, y in given:
+        session.step(x, y)
+    session.export_model(tmp_path / "model.pt", average=True)
+    x = given[0][0]
+    with torch.no_grad():
+        wanted = by_torch(use_buffers=True).module.eval()(x)
+        found = torch.jit.load(tmp_path / "model.pt")(x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
 def test_a_state_dict_carries_it() -> None:
     given = batches()
     step = train_step(ema=sx.EMA(DECAY))

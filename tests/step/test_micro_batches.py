@@ -344,3 +344,18 @@ def test_the_choice_is_in_the_manifest(tmp_path: Path) -> None:
     assert artifact.semantics.micro_batches == PARTS
     assert artifact.semantics.perturbation_per == "micro_batch"
     assert artifact.contract.multiples == {"batch": PARTS}
+
+
+def test_parts_may_follow_the_statistics_of_the_last_one() -> None:
+    """BatchNorm reads running statistics that the second pass of the last part has changed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    semantics = sx.Semantics(running_stats="both", micro_batches=2, perturbation_per="micro_batch")
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam, semantics=semantics)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
+    session = sx.load(sx.capture(step, (x, y)), target="torchscript")
+    session.step(x, y)
+    step(x, y)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(session.state[name]), value, rtol=0, atol=1e-13)

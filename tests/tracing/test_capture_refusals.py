@@ -86,10 +86,10 @@ def test_the_checks_catch_a_graph_that_is_no_sam_step() -> None:
     rho = graph.find_nodes(op="placeholder")[spec.inputs.index("hyper.rho")]
     lr = graph.find_nodes(op="placeholder")[spec.inputs.index("hyper.lr")]
     names = [output.name for output in spec.outputs]
-    refuse_wrong_flow(graph, spec.inputs, names, captured.contract)
+    refuse_wrong_flow(graph, spec.inputs, names, captured.contract, captured.semantics)
     rho.replace_all_uses_with(lr)
     with pytest.raises(sx.CaptureError, match="perturbed_loss.*rho"):
-        refuse_wrong_flow(graph, spec.inputs, names, captured.contract)
+        refuse_wrong_flow(graph, spec.inputs, names, captured.contract, captured.semantics)
     relu = graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)[0]
     relu.target = torch.ops.aten.tanh_.default
     with pytest.raises(sx.CaptureError, match="in place"):
