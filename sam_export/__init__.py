@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sam_export.parity.report import ParityReport
     from sam_export.runtime.cuda_options import CudaOptions
     from sam_export.runtime.session import Session
+    from sam_export.step.average import EMA
     from sam_export.step.sam import SAM
     from sam_export.step.train_step import TrainStep
     from sam_export.step.variants.asam import ASAM
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ASAM": "sam_export.step.variants.asam",
+    "EMA": "sam_export.step.average",
     "FriendlySAM": "sam_export.step.variants.friendly_sam",
     "GSAM": "sam_export.step.variants.gsam",
     "LookSAM": "sam_export.step.variants.looksam",
@@ -65,6 +67,7 @@ _LAZY = {
 
 __all__ = [
     "ASAM",
+    "EMA",
     "GSAM",
     "SAM",
     "Artifact",

@@ -123,16 +123,19 @@ def write_batches(case: Case, folder: Path) -> None:
     np.savez(folder / "batches.npz", **arrays)
 
 
-def export_artifact(case: Case, target: str, folder: Path, device: str) -> tuple[Path, float]:
+def export_artifact(
+    case: Case, target: str, folder: Path, device: str, every: int = 1
+) -> tuple[Path, float]:
     """Exports the case's step; returns the artifact's folder and the seconds it took."""
     import sam_export as sx
     from sam_export.api import device_to_build_for
 
     step, batches = case.recipe()
     step.model.to(device)
+    step.optimizer.every = every
     start = time.perf_counter()
     captured = sx.capture(step, tuple(value.to(device) for value in batches[0]))
-    path = folder / f"artifact-{target}"
+    path = folder / f"artifact-{target}-every-{every}"
     sx.export(captured, path, target=target, device=device_to_build_for(target, device))
     return path, time.perf_counter() - start
 
@@ -190,7 +193,9 @@ def build(
     artifact = None
     try:
         if contestant.target is not None:
-            artifact, record.export_s = export_artifact(case, contestant.target, folder, device)
+            artifact, record.export_s = export_artifact(
+                case, contestant.target, folder, device, contestant.every
+            )
         start = time.perf_counter()
         child = stack.enter_context(
             Child(contestant, case, folder, artifact, record.threads, device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Contestant:
         tensors: Whether batches are torch tensors (else NumPy arrays).
         is_sam: Whether it takes SAM steps (the base optimizer does not).
         target: For a session: the target its artifact is exported to.
+        every: For a session: the period of SAM; of `NEVER`, no measured step is one of SAM.
     """
 
     name: str
@@ -42,6 +43,11 @@ class Contestant:
     tensors: bool
     is_sam: bool = True
     target: str | None = None
+    every: int = 1
+
+
+NEVER = 10**9
+"""A period longer than any run: after the first step all are steps of the base optimizer."""
 
 
 def _prepare_torch(threads: int) -> None:
@@ -257,5 +263,25 @@ CONTESTANTS = {
     )
 }
 
-DEFAULT_CONTESTANTS = tuple(name for name in CONTESTANTS if name != "compiled-base")
-"""Those of `scripts/bench`; `scripts/gpu_check` wants the other one too."""
+PERIODIC = {
+    f"{target}-{name}": replace(
+        CONTESTANTS[target],
+        name=f"{target}-{name}",
+        description=f"the same with SAM {words}",
+        is_sam=False,
+        every=every,
+    )
+    for target in ("torch-compile", "torchscript", "aot-inductor", "onnx", "onnx-training")
+    for name, words, every in (
+        ("every-10", "in every tenth step", 10),
+        ("base", "in no measured step", NEVER),
+    )
+}
+"""Sessions of periodic SAM, and what their steps between those of SAM cost."""
+
+CONTESTANTS |= PERIODIC
+
+DEFAULT_CONTESTANTS = tuple(
+    name for name in CONTESTANTS if name != "compiled-base" and name not in PERIODIC
+)
+"""Those of `scripts/bench` where none are named; `scripts/gpu_check` wants compiled-base too."""

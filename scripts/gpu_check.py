@@ -31,6 +31,9 @@ from scripts.gpu_verdicts import (
 ROOT = Path(__file__).resolve().parents[1]
 PARITY_CASES = (*LAUNCH_BOUND, "wide_resnet", "gpt")
 BENCH_CASES = (*LAUNCH_BOUND, LARGE)
+RECORDED = ("torch-compile", "onnx", "onnx-training")
+"""Targets whose step can be recorded as a CUDA graph; those are compared once more."""
+
 EAGER = ("eager-sam", "eager-base", "compiled-base", "compiled-model")
 PROFILED_STEPS = 5
 
@@ -51,24 +54,38 @@ def absent_targets(targets: Sequence[str], device: str) -> dict[str, str]:
     return absent
 
 
-def check_case(case: Case, targets: Sequence[str], steps: int, device: str) -> list[Parity]:
-    """The parity of every target on one case, with model and oracle on the device."""
-    from sam_export import SamExportError, check_parity
+def check_case(
+    case: Case, targets: Sequence[str], steps: int, device: str, recorded: bool = False
+) -> list[Parity]:
+    """The parity of every target on one case, with model and oracle on the device.
+
+    Args:
+        case: The model.
+        targets: Names of targets.
+        steps: Of each rollout.
+        device: Where.
+        recorded: Whether steps are recorded as CUDA graphs; their rows say so.
+    """
+    from sam_export import CudaOptions, SamExportError, check_parity
 
     step, batches = case.recipe()
     step.model.to(device)
+    added = ", CUDA graph" if recorded else ""
+    cuda = CudaOptions(cuda_graph=True) if recorded else None
     try:
-        report = check_parity(step, batches, targets=targets, num_steps=steps, device=device)
+        report = check_parity(
+            step, batches, targets=targets, num_steps=steps, device=device, cuda=cuda
+        )
     except SamExportError as error:
         detail = f"the check itself failed: {type(error).__name__}: {error}"
-        return [Parity(case.name, target, False, detail) for target in targets]
+        return [Parity(case.name, target + added, False, detail) for target in targets]
     results = []
     for target in report.targets:
         worst = max(target.lock_step, default=float("nan"))
         failed = [f"{row.name} ({row.mode})" for row in target.failed[:3]]
         failed += [f"law {law.name}" for law in target.broken]
         detail = target.error or (f"{worst:.1e}" if target.ok else ", ".join(failed))
-        results.append(Parity(case.name, target.name, target.ok, detail))
+        results.append(Parity(case.name, target.name + added, target.ok, detail))
     return results
 
 
@@ -120,6 +137,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"parity of {name}", file=sys.stderr, flush=True)
         parity += check_case(CASES[name], present, options.steps, device) if present else []
         parity += [Parity(name, target, None, absent[target]) for target in absent]
+        recorded = [target for target in present if target in RECORDED]
+        if recorded and device != "cpu":
+            parity += check_case(CASES[name], recorded, options.steps, device, recorded=True)
     sections, alike = [], []
     contestants = [CONTESTANTS[name] for name in (*EAGER, *present)]
     for name in options.bench_models:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,39 @@ def exported(
         return torch.export.export(module, arguments, dynamic_shapes=(tuple(shapes),), strict=False)
 
 
+def exported_model(
+    model: torch.nn.Module,
+    examples: Mapping[str, Tensor],
+    shapes: Mapping[str, dict[int, Any]],
+    by_name: bool,
+) -> torch.export.ExportedProgram:
+    """A model whose ``forward`` takes any arguments, as a program whose arguments have names.
+
+    Args:
+        model: What to export.
+        examples: Its inputs by name, in order.
+        shapes: For each of them the symbolic sizes by dimension.
+        by_name: Whether inputs are passed by name.
+    """
+    # torch.export takes the names of the arguments, and of their sizes, from the signature.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in examples])
+    forward: Any = type(model).forward
+    forward.__signature__ = signature.replace(
+        parameters=[inspect.Parameter("self", kind), *signature.parameters.values()]
+    )
+    arguments: tuple[Any, ...] = () if by_name else tuple(examples.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
+        return torch.export.export(
+            model,
+            arguments,
+            dict(examples) if by_name else None,
+            dynamic_shapes=dict(shapes),
+            strict=False,
+        )
+
+
 def compiled(function: Callable[..., Any], varying: str, eager_random: bool) -> Callable[..., Any]:
     """``function`` as one graph under Inductor.
 
@@ -131,9 +165,13 @@ def may_vary(tensor: Tensor, dim: int) -> None:
 
 
 def compiled_with(module: torch.nn.Module, backend: str) -> Callable[..., Sequence[Tensor]]:
-    """``module`` as one graph under a backend of torch.compile (``eager``, ``aot_eager``, …)."""
+    """``module`` as one graph under a backend of torch.compile (``eager``, ``aot_eager``, …).
+
+    Inductor has the options that it has in `compiled`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
         importlib.import_module("torch._inductor.compile_fx")
-    made: Callable[..., Sequence[Tensor]] = torch.compile(module, fullgraph=True, backend=backend)  # type: ignore[assignment]
-    return made
+    options: Any = EAGER_NUMERICS if backend == "inductor" else None
+    made: Any = torch.compile(module, fullgraph=True, backend=backend, options=options)
+    return made  # type: ignore[no-any-return]

@@ -13,11 +13,14 @@ import math  # noqa: F401  (scripted source finds its names among those of this 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+SERVING = "serving.py"
+"""Name, among a file's extra texts, of the source of a module that only evaluates."""
 
 
 @contextlib.contextmanager
@@ -47,12 +50,30 @@ def scripted(module: torch.nn.Module, source: str) -> Any:
     return made
 
 
-def script_bytes(module: Any) -> bytes:
-    """A scripted module as ``module.save`` writes it."""
+def script_bytes(module: Any, texts: Mapping[str, str] | None = None) -> bytes:
+    """A scripted module as ``module.save`` writes it.
+
+    Args:
+        module: To be written.
+        texts: Kept in the same file, by name; the module does not know of them.
+    """
     buffer = io.BytesIO()
     with _without_deprecation():
-        torch.jit.save(module, buffer)
+        torch.jit.save(module, buffer, _extra_files=dict(texts or {}))
     return buffer.getvalue()
+
+
+def text_in(path: Path, name: str) -> str:
+    """A text that was kept beside a scripted module in its file; empty for none.
+
+    Raises:
+        RuntimeError: The file is not a scripted module that this torch reads.
+    """
+    found = {name: ""}
+    with _without_deprecation():
+        torch.jit.load(str(path), map_location="cpu", _extra_files=found)  # type: ignore[no-untyped-call]
+    text: str | bytes = found[name]
+    return text.decode() if isinstance(text, bytes) else text
 
 
 def operators(path: Path, programs: Sequence[str]) -> dict[str, Counter[str]]:

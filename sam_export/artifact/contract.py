@@ -4,9 +4,9 @@ It needs no torch. The capture writes it, the artifact stores it, sessions obey 
 
 Names. Parameters and buffers keep torch's names (``conv1.weight``); a slot is
 ``slot.<key>.<parameter>`` (``slot.momentum_buffer.conv1.weight``); what a variant of SAM keeps of a
-parameter is ``memory.<key>.<parameter>``; a step that draws random numbers has ``rng.seed`` and
-``counter.step``; hyper-parameters are ``hyper.<name>``; the new value of a
-state tensor is ``next.<name>``; the model's outputs are ``output``, or ``output.0``,
+parameter is ``memory.<key>.<parameter>``; an average is ``average.<name>``; a step that draws
+random numbers has ``rng.seed`` and ``counter.step``; hyper-parameters are ``hyper.<name>``; the new
+value of a state tensor is ``next.<name>``; the model's outputs are ``output``, or ``output.0``,
 ``output.logits`` where it returns several.
 """
 
@@ -24,6 +24,7 @@ Role = Literal[
     "buffer",
     "slot",
     "memory",
+    "average",
     "counter",
     "rng",
     "scaler",
@@ -37,6 +38,9 @@ Role = Literal[
 
 TRAINING = ("step", "base_step")
 """Programs that train: they have the metrics as outputs, and new state."""
+
+AVERAGE = "average."
+"""Prefix of state that is the average of a parameter or a buffer."""
 
 STAGE = "stage."
 """Prefix of outputs that are gradients or perturbations, of a step captured with its stages."""
@@ -126,7 +130,8 @@ class ProgramSpec:
     """One graph over the shared state.
 
     Attributes:
-        name: ``step``, ``evaluate``, ``evaluate_loss``; with periodic SAM also ``base_step``.
+        name: ``step``, ``evaluate``, ``evaluate_loss``; with periodic SAM also ``base_step``; with
+            an average of the weights also ``evaluate_average`` and ``evaluate_loss_average``.
         inputs: Names of the graph inputs, in order: state, hyper-parameters, batch.
         outputs: The graph outputs, in order: metrics, model outputs, new state.
         feeds: Output name to the name of the state input it replaces.
@@ -143,8 +148,8 @@ class StepContract:
     """Names, order, roles, dtypes and shapes of everything that goes in and out of a step.
 
     Attributes:
-        state: Parameters, then buffers, then slots, then memories, then counters and seed, in the
-            order of the graph inputs.
+        state: Parameters, then buffers, then slots, then memories and averages, then counters and
+            seed, in the order of the graph inputs.
         hyper: Hyper-parameters in the order of the graph inputs.
         batch: Inputs and targets in the order in which a batch holds them.
         batch_kind: Whether a batch is a tuple (by position) or a dict (by name).
@@ -161,6 +166,7 @@ class StepContract:
         variant: ``sam``, or the name of another one (``GSAM(alpha=0.4)``).
         every: The step whose number (`STEP`) is divisible by it is ``step``, others ``base_step``.
         ascent_steps: How many steps the ascent takes.
+        ema: ``EMA(decay=0.999, buffers='average')``, where an average of the weights is kept.
         autocast: The dtype that autocast computes with (``float16``, ``bfloat16``), if any.
         loss_scaling: How the scale of the loss changes, if it is scaled.
     """
@@ -179,6 +185,7 @@ class StepContract:
     variant: str = "sam"
     every: int = 1
     ascent_steps: int = 1
+    ema: str | None = None
     autocast: str | None = None
     loss_scaling: LossScaling | None = None
     multiples: dict[str, int] = field(default_factory=dict)
@@ -244,6 +251,7 @@ class StepContract:
                 variant=values["variant"],
                 every=values["every"],
                 ascent_steps=values["ascent_steps"],
+                ema=values["ema"],
                 autocast=values["autocast"],
                 loss_scaling=None if scaling is None else LossScaling(**scaling),
                 multiples=dict(values["multiples"]),

@@ -13,7 +13,9 @@ _FLAGS = ("tf32", "cuda_graph", "allow_cpu_nodes")
 
 def add_cuda(parser: argparse.ArgumentParser) -> None:
     """Adds the options; see `CudaOptions`."""
-    group = parser.add_argument_group("on a CUDA device, for the ONNX targets")
+    group = parser.add_argument_group(
+        "on a CUDA device, for the ONNX targets (--cuda-graph: also for torch-compile)"
+    )
     group.add_argument(
         "--memory-limit",
         metavar="SIZE",

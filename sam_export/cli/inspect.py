@@ -101,6 +101,9 @@ def _print_overview(artifact: Artifact) -> None:
         ["size", format_bytes(artifact.size)],
         ["base optimizer", f"{contract.optimizer} over {groups} parameters"],
         ["perturbation", contract.perturbation],
+        ["kind of SAM", _kind(contract)],
+        ["averaged weights", contract.ema or "none"],
+        ["mixed precision", _precision(contract)],
         ["hyper-parameters", hyper],
         ["constants", _constants(contract)],
         ["batch", f"a {contract.batch_kind} of {', '.join(spec.name for spec in contract.batch)}"],
@@ -111,6 +114,29 @@ def _print_overview(artifact: Artifact) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}")
+
+
+def _kind(contract: StepContract) -> str:
+    """Variant, period and ascent steps, where they are not SAM's own."""
+    parts = [contract.variant]
+    if contract.every > 1:
+        parts.append(f"every {contract.every} steps")
+    if contract.ascent_steps > 1:
+        parts.append(f"{contract.ascent_steps} ascent steps")
+    return ", ".join(parts)
+
+
+def _precision(contract: StepContract) -> str:
+    """What autocast casts to, and how the loss is scaled."""
+    parts = [] if contract.autocast is None else [f"autocast {contract.autocast}"]
+    scaling = contract.loss_scaling
+    if scaling is not None:
+        parts.append(
+            f"loss scaled by {scaling.init_scale:g} at first (times {scaling.growth_factor:g} "
+            f"after {scaling.growth_interval} steps without an overflow, times "
+            f"{scaling.backoff_factor:g} after one with)"
+        )
+    return ", ".join(parts) or "none"
 
 
 def _constants(contract: StepContract) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sam_export.cli import parity_self_test
 from sam_export.cli.console import PhaseBars, stage
+from sam_export.cli.cuda import add_cuda, cuda_arguments, parse_cuda
 from sam_export.cli.dynamic import add_dynamic, parse_dynamic
 from sam_export.cli.errors import CommandError
 from sam_export.cli.parity_locate import add_locate, check_locate, failed_steps, run_locate
@@ -65,13 +66,20 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--html", metavar="FILE", help="also write it as one HTML page")
     parser.add_argument("--markdown", metavar="FILE", help="also write it for a pull request")
     add_locate(parser)
+    add_cuda(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the report, and returns 0 when all is equal."""
     dynamic = parse_dynamic(args.dynamic)
-    check_locate(args.locate)
+    check_locate(args.locate, args.device)
+    cuda = parse_cuda(args)
+    if cuda is not None and not args.device.startswith("cuda"):
+        raise CommandError(
+            f"{shlex.join(cuda_arguments(args))} with --device {args.device}: give --device cuda, "
+            "or leave it out."
+        )
     if args.steps < 1:
         raise CommandError(f"--steps {args.steps}: at least 1 is needed.")
     if args.targets is not None:
@@ -87,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             "--artifact": args.artifacts,
             "--reference": args.reference,
             "--locate": args.locate,
+            shlex.join(cuda_arguments(args)): cuda,
             "--html": args.html,
             "--markdown": args.markdown,
         }
@@ -121,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
             dynamic=dynamic,
             command=shlex.join(["sam-export", *args.argv]),
             stages=args.stages,
+            cuda=cuda,
             **chosen,
         )
     print(report)

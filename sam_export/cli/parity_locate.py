@@ -23,16 +23,22 @@ def add_locate(parser: Any) -> None:
         "--locate",
         metavar="DIR",
         help="after a failed check, find the first node of each failed target's graph that "
-        "differs, and write a reproduction of it to DIR/<target>; DIR must not exist",
+        "differs, and write a reproduction of it to DIR/<target>; DIR must not exist; CPU only",
     )
 
 
-def check_locate(folder: str | None) -> None:
-    """Refuses a folder that is there, before minutes are spent.
+def check_locate(folder: str | None, device: str) -> None:
+    """Refuses a folder that is there, and another device than the CPU, before minutes are spent.
 
     Raises:
-        CommandError: It exists.
+        CommandError: The folder exists, or the check is not on the CPU.
     """
+    if folder is not None and device != "cpu":
+        raise CommandError(
+            f"--locate searches on the CPU, and --device {device} runs other kernels. Leave out "
+            "--device: if the check fails there, too, --locate finds the node; if it does not, the "
+            f"difference is one of {device}'s kernels, or of how the step is written for it."
+        )
     if folder is not None and os.path.lexists(folder):
         raise CommandError(f"--locate {folder}: it is there already; give a folder yet to be made.")
 

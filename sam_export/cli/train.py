@@ -56,6 +56,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--data", required=True, metavar="DATA", help="FILE.npz or module:function (see below)"
     )
     parser.add_argument("--validate", metavar="DATA", help="evaluated after each epoch, unshuffled")
+    parser.add_argument(
+        "--average", action="store_true", help="validate and export the averaged weights (EMA)"
+    )
     parser.add_argument("--epochs", type=int, metavar="N", help="in the whole run; default: 1")
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help=f"default: {DEFAULT_BATCH_SIZE}"
@@ -78,6 +81,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--save-state",
         metavar="FILE",
         help="at the end, write parameters, buffers and slots to this .safetensors file",
+    )
+    parser.add_argument(
+        "--export-model",
+        metavar="FILE",
+        help="at the end, write the model alone, with its weights, to serve it: .onnx from an ONNX "
+        "artifact, .pt from torchscript, .pt2 from torch-compile",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files of an earlier run that are there"
@@ -104,6 +113,15 @@ def run(args: argparse.Namespace) -> int:
             args.artifact, device=args.device, threads=args.threads, cuda=cuda
         )
     _check_hyper(session, settings)
+    if args.average and session.contract.ema is None:
+        raise CommandError(
+            f"--average: the step of {args.artifact} keeps no average of its weights. Give its "
+            "TrainStep ema=sam_export.EMA(), and export it again."
+        )
+    if args.export_model:
+        from sam_export.runtime.model_file import check_path
+
+        check_path(session.target, Path(args.export_model))
     if args.resume:
         session.restore(args.resume)
     size, contract = settings.batch_size, session.contract
@@ -122,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_every=args.checkpoint_every,
         log=log,
         resume_hint=_resume_hint(args),
+        average=args.average,
     )
     with log or nullcontext():
         steps = loop.run()
@@ -132,8 +151,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.save_state:
         _save_state(session, Path(args.save_state))
-    written = [path for path in (checkpoint, args.log, args.save_state) if path]
-    if written and steps:
+    if args.export_model:
+        session.export_model(args.export_model, average=args.average)
+    at_the_end = [args.save_state, args.export_model]
+    written = [path for path in ((checkpoint, args.log) if steps else ()) if path]
+    written += [path for path in at_the_end if path]
+    if written:
         print(f"written: {', '.join(written)}")
     return 0
 
@@ -188,7 +211,7 @@ def _count(examples: int | None) -> str:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    fresh = [args.save_state]
+    fresh = [args.save_state, args.export_model]
     if not args.resume:
         fresh += [args.checkpoint, args.log]
     elif args.checkpoint and not _same_file(args.checkpoint, args.resume):
@@ -233,6 +256,8 @@ def _resume_hint(args: argparse.Namespace) -> str:
         *(("--validate", args.validate) if args.validate else ()),
         *(("--log", args.log) if args.log else ()),
         *(("--save-state", args.save_state) if args.save_state else ()),
+        *(("--export-model", args.export_model) if args.export_model else ()),
+        *(("--average",) if args.average else ()),
         *(("--threads", args.threads) if args.threads else ()),
         *(("--device", args.device) if args.device != "cpu" else ()),
         *cuda_arguments(args),

@@ -87,6 +87,7 @@ class TrainLoop:
         checkpoint_every: Epochs between two checkpoints.
         log: Takes the metrics of each step; None without.
         resume_hint: Command that continues the run from its checkpoint.
+        average: Whether the averaged weights are validated.
     """
 
     session: Session
@@ -98,6 +99,7 @@ class TrainLoop:
     checkpoint_every: int
     log: MetricsLog | None
     resume_hint: str
+    average: bool = False
 
     def run(self) -> int:
         """Trains from the session's step count to the end of the last epoch.
@@ -189,7 +191,7 @@ class TrainLoop:
     def _validation(self, epoch: int) -> str:
         if self.validation is None:
             return ""
-        values = validate(self.session, self.validation.batches(epoch))
+        values = validate(self.session, self.validation.batches(epoch), self.average)
         texts = {"loss": "  validation loss {:.4f}", "accuracy": "  accuracy {:.2%}"}
         return "".join(texts[name].format(value) for name, value in values.items())
 

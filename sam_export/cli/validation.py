@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from sam_export.runtime.session import Session
 
 
-def validate(session: Session, batches: Iterable[Any]) -> dict[str, float]:
+def validate(session: Session, batches: Iterable[Any], average: bool = False) -> dict[str, float]:
     """Loss and accuracy over batches, each where the artifact allows it.
 
     Args:
         session: Whose weights are used.
         batches: As `Session.step` takes them.
+        average: Whether the averaged weights are used.
 
     Returns:
         ``loss``, where the artifact has the program `evaluate_loss`: the mean over the examples of
@@ -42,9 +43,10 @@ def validate(session: Session, batches: Iterable[Any]) -> dict[str, float]:
         count = len(tensors[0])
         examples += count
         if has_loss:
-            loss += session.evaluate_loss(*entries) * count
+            loss += session.evaluate_loss(*entries, average=average) * count
         if judges:
-            output = session.evaluate(*(entries if as_dict else entries[:inputs]))
+            given = entries if as_dict else entries[:inputs]
+            output = session.evaluate(*given, average=average)
             if output.ndim == 2:
                 right += int((output.argmax(axis=1) == np.asarray(tensors[-1])).sum())
                 judged += count

@@ -19,6 +19,7 @@ from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.artifact.machine import this_machine
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import in_aten, random_details
+from sam_export.lower.mixed_norms import norms_in_float32
 from sam_export.lower.plain_adds import without_factors
 from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
@@ -76,7 +77,7 @@ def _mutating(
 ) -> torch.export.ExportedProgram:
     """The program as one that writes its state inputs."""
     contract = captured.contract
-    program = without_factors(in_aten(captured.programs[spec.name]))
+    program = without_factors(norms_in_float32(in_aten(captured.programs[spec.name])))
     graph = inductor.on_device(program, device)
     scalars = scalar_positions(contract, spec)
     discarded = discarded_if_not_finite(spec, captured.semantics)

@@ -26,12 +26,19 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
 """Those whose versions shape an ONNX model."""
 
 
-def refuse(captured: CapturedStep) -> None:
+def refuse(captured: CapturedStep, device: str) -> None:
     """Refuses a step that no ONNX model can hold.
 
     Raises:
-        LoweringError: It draws from torch's generator, or has kernels that ONNX lacks.
+        LoweringError: It draws from torch's generator, has kernels that ONNX lacks, or computes in
+            bfloat16 where no kernel does.
     """
+    if captured.contract.autocast == "bfloat16" and device == "cpu":
+        raise LoweringError(
+            "The step casts to bfloat16 (autocast=torch.bfloat16), and ONNX Runtime's CPU has no "
+            "kernels for it. Use autocast=torch.float16 with loss_scaling=LossScaling(), or a "
+            "torch target."
+        )
     if captured.random_ops:
         counted = ", ".join(sorted(set(captured.random_ops)))
         raise LoweringError(
@@ -63,7 +70,7 @@ def lower_with(captured: CapturedStep, target: str, tables: Tables, device: str 
         LoweringError: The step draws from torch's generator, or an operator has no ONNX form, or
             no kernel on the device.
     """
-    refuse(captured)
+    refuse(captured, device)
     if device == "cuda":
         tables = cuda_tables(tables)
     files: dict[str, LoweredFile] = {}

@@ -15,6 +15,7 @@ from sam_export._compat import onnx_exporter, origins
 from sam_export.artifact.contract import ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import LoweringError
 from sam_export.lower.float16_rounding import rounding_to_float16
+from sam_export.lower.mixed_norms import norms_in_float32
 from sam_export.lower.onnx_ops import PORTABLE
 from sam_export.lower.onnx_ops.table import Tables
 from sam_export.lower.onnx_passes import simplify
@@ -62,6 +63,7 @@ def onnx_model(
     Raises:
         LoweringError: An operator has no ONNX form, or only for other arguments.
     """
+    program = norms_in_float32(program)
     if not tables.has_float16:
         program = rounding_to_float16(program)
     own = {**tables.own_decompositions, **DRAWS_AS_PLACES}

@@ -58,7 +58,7 @@ def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
         LoweringError: The state is not float32, the step draws random numbers, an operator has no
             ONNX form, or no kernel on the device, or a state tensor cannot be written in place.
     """
-    _refuse(captured)
+    _refuse(captured, device)
     contract = captured.contract
     training = training_program(captured)
     plan, spec = training.plan, training.spec
@@ -142,12 +142,17 @@ def lower(captured: CapturedStep, device: str = "cpu") -> Lowered:
     )
 
 
-def _refuse(captured: CapturedStep) -> None:
-    refuse(captured)
+def _refuse(captured: CapturedStep, device: str) -> None:
+    refuse(captured, device)
     if captured.contract.every > 1:
         raise LoweringError(
             "The stock training API has one training model, and periodic SAM (every="
             f"{captured.contract.every}) two kinds of steps. Use the target 'onnx-training'."
+        )
+    if captured.contract.ema is not None:
+        raise LoweringError(
+            "The stock training API evaluates the weights that it trains, and has no place for an "
+            f"average of them ({captured.contract.ema}). Use the target 'onnx-training'."
         )
     others = [
         f"{item.name} ({item.dtype})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import keyword
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,10 +18,12 @@ from sam_export.lower.result import lowered
 from sam_export.lower.torchscript_methods import (
     CONSTANTS,
     STEP_COUNT,
+    inference_source,
     method_names,
     module_source,
 )
 from sam_export.tracing.captured_step import CapturedStep
+from sam_export.tracing.held import hold
 
 TARGET = "torchscript"
 FILE = "step.pt"
@@ -34,7 +35,8 @@ def lower(captured: CapturedStep) -> Lowered:
     The module holds parameters and buffers under torch's names, slots and hyper-parameters under
     those of the contract, and the number of steps. Its methods: ``forward(*batch) -> loss`` and
     ``step(*batch) -> Dict[str, Tensor]`` take one SAM step in place; ``evaluate(*inputs)``,
-    ``evaluate_loss(*batch)``; ``set_hyper(name, value)``.
+    ``evaluate_loss(*batch)``; ``set_hyper(name, value)``. The file also holds the source of a
+    module that only evaluates, for `Session.export_model`.
 
     Raises:
         LoweringError: A name of the model collides with one of the module's, or an operator has no
@@ -47,12 +49,12 @@ def lower(captured: CapturedStep) -> Lowered:
     for spec in contract.state:
         _refuse_name(spec.name, spec.role, contract)
         value = torch.from_numpy(captured.state[spec.name].copy())
-        _hold(root, spec.name, value, parameter=spec.role == "parameter")
+        hold(root, spec.name, value, parameter=spec.role == "parameter")
     for hyper in contract.hyper:
-        _hold(root, HYPER + hyper.name, torch.tensor(hyper.defaults, dtype=torch.float64))
+        hold(root, HYPER + hyper.name, torch.tensor(hyper.defaults, dtype=torch.float64))
     for name, module in modules.items():
         for constant, tensor in _constants(module).items():
-            _hold(root, f"{CONSTANTS}.{name}.{constant}", tensor)
+            hold(root, f"{CONSTANTS}.{name}.{constant}", tensor)
     # Periodic SAM goes by it, wherever in the period the step was captured.
     setattr(root, STEP_COUNT, int(captured.state[STEP]) if contract.every > 1 else 0)
     source = module_source(contract, captured.semantics, graphs)
@@ -60,7 +62,9 @@ def lower(captured: CapturedStep) -> Lowered:
         scripted = torchscript.scripted(root, source)
     except (RuntimeError, UnicodeError) as error:
         raise LoweringError(f"TorchScript does not compile the step: {error}") from error
-    files = dict.fromkeys(captured.programs, LoweredFile(FILE, torchscript.script_bytes(scripted)))
+    serving = inference_source(contract, captured.semantics, graphs["evaluate"])
+    data = torchscript.script_bytes(scripted, {torchscript.SERVING: serving})
+    files = dict.fromkeys(captured.programs, LoweredFile(FILE, data))
     details = {**random_details(captured, made_by="graph"), "portable": captured.portable}
     return lowered(captured, TARGET, files, details)
 
@@ -79,7 +83,8 @@ def _constants(module: fx.GraphModule) -> Mapping[str, Tensor]:
 
 
 def _refuse_name(name: str, role: str, contract: StepContract) -> None:
-    taken = {*method_names(contract), "slot", "hyper", "rng", "counter", CONSTANTS, STEP_COUNT}
+    own = ("slot", "memory", "average", "hyper", "rng", "counter", "scaler")
+    taken = {*method_names(contract), *own, CONSTANTS, STEP_COUNT}
     first = name.partition(".")[0]
     for part in name.split("."):
         odd = not part.isascii() or not part.isprintable() or set(part) & set('"\\')
@@ -94,17 +99,3 @@ def _refuse_name(name: str, role: str, contract: StepContract) -> None:
             f"The model's {name!r} would hide {first!r} of the scripted module, which keeps "
             "torch's names. Rename it, or put the model into a module of its own."
         )
-
-
-def _hold(root: nn.Module, path: str, value: Tensor, parameter: bool = False) -> None:
-    """Puts a tensor at a dotted path, making the modules on the way."""
-    *parents, leaf = path.split(".")
-    module: Any = root
-    for part in parents:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]
-    if parameter:
-        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        module.register_buffer(leaf, value)

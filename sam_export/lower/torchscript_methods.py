@@ -34,6 +34,9 @@ CONSTANTS = "constants"
 STEP_COUNT = "step_count"
 """Attribute that counts the steps, skipped ones included; one that raised is none."""
 
+OUTPUTS = ("evaluate", "evaluate_average")
+"""Programs that return what the model does."""
+
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 
 
@@ -66,6 +69,26 @@ def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str
     for spec in contract.programs:
         parts.append(_unchecked(contract, semantics, spec, graphs[spec.name]))
         parts.append(_checked(contract, semantics, spec))
+    return "\n".join("\n".join(part) + "\n" for part in parts)
+
+
+def inference_source(contract: StepContract, semantics: Semantics, graph: fx.Graph) -> str:
+    """The source of a module that holds parameters and buffers and evaluates: ``forward(*inputs)``.
+
+    Args:
+        contract: Names, dtypes and shapes.
+        semantics: What one step means.
+        graph: Of the program ``evaluate``, which draws no random numbers.
+    """
+    spec = contract.program("evaluate")
+    _, arguments = _arguments(contract, spec)
+    checked = _checked(contract, semantics, spec)
+    returns = checked[0].rpartition(" -> ")[2].removesuffix(":")
+    forward = [
+        _signature("forward", list(arguments.values()), returns),
+        f"    return self.evaluate({', '.join(arguments.values())})",
+    ]
+    parts = [_name_of_dtype(), _unchecked(contract, semantics, spec, graph), checked, forward]
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 
@@ -221,7 +244,7 @@ def _checked(contract: StepContract, semantics: Semantics, spec: ProgramSpec) ->
         if semantics.on_nonfinite == "raise":
             body += _refuse_nonfinite(outputs)
         body.append(_dict([output.name for output in outputs]))
-    elif len(outputs) == 1 and (contract.output_tree == "tensor" or spec.name != "evaluate"):
+    elif len(outputs) == 1 and (contract.output_tree == "tensor" or spec.name not in OUTPUTS):
         returns = "Tensor"
         body.append(f"return {call}[0]")
     else:

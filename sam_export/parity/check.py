@@ -19,10 +19,7 @@ from sam_export.parity.disturb import examples
 from sam_export.parity.failures import chosen as chosen_differences
 from sam_export.parity.laws import Law, laws_of_eager, laws_of_target
 from sam_export.parity.ledger import ledger, versions
-from sam_export.parity.oracle import Oracle
 from sam_export.parity.oracle_batch import Batch
-from sam_export.parity.oracle_precision import OraclePrecision
-from sam_export.parity.oracle_variants import OracleVariant
 from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.reference import Reference, ReferenceResult, compare_reference
 from sam_export.parity.report import ParityReport, TargetReport
@@ -35,11 +32,12 @@ from sam_export.parity.rollout import (
     run_locked,
 )
 from sam_export.parity.series import TensorSeries, series_of
+from sam_export.parity.step_oracle import oracle_of
 from sam_export.parity.subjects import built, existing, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
+from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.step.train_step import TrainStep
-from sam_export.step.variants.asam import ASAM
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.dynamic import Dynamic
 
@@ -67,6 +65,7 @@ def check_parity(
     isolate: bool = True,
     stages: bool = False,
     command: str | None = None,
+    cuda: CudaOptions | None = None,
 ) -> ParityReport:
     """Compares the step of each target with plain eager PyTorch, by name and by change.
 
@@ -106,6 +105,8 @@ def check_parity(
             they say where a difference begins. The target's own verdict is that of its shipped
             form, since more outputs change what a runtime fuses.
         command: What the report says for repeating the check; None: the call of this function.
+        cuda: Options for a CUDA device, as `sam_export.load` takes them. With ``tf32`` a step is
+            judged by the same bound, which its rounding exceeds.
 
     Returns:
         The report. A target that cannot be built or run is a failed one, not an error. After
@@ -121,6 +122,10 @@ def check_parity(
     staged = [f"{target}, stages" for target in chosen] if stages else []
     names = (*given, *folders, *chosen, *staged)
     _check_request(batches, num_steps, chosen, names)
+    if cuda is not None and not device.startswith("cuda"):
+        raise ParityError(
+            f"{cuda} was given with device={device!r}; pass device='cuda' too, or leave it out."
+        )
     tol = tolerances or Tolerances()
     if dynamic == "batch":
         batches = with_unseen_size(batches, num_steps, step.semantics.micro_batches)
@@ -130,7 +135,7 @@ def check_parity(
     eager: tuple[Law, ...] = ()
     compared: ReferenceResult | None = None
     with _own_generators():
-        panel = Panel(lambda: _oracle(step), batches, seed, tol)
+        panel = Panel(lambda: oracle_of(step), batches, seed, tol)
         tell = progress or (lambda phase, at, total: None)
         check = _Check(panel, num_steps, tol, tell, done, facts)
         try:
@@ -141,7 +146,7 @@ def check_parity(
                 with _kept_state(Run(name, session)) as run:
                     check.drive(run, reset=True)
             for name, folder in folders.items():
-                with existing(name, Path(folder), step, device, isolate, panel.notes) as run:
+                with existing(name, Path(folder), step, device, isolate, panel.notes, cuda) as run:
                     check.drive(run, reset=True)
             captured = None
             kept = None if cache is None else Path(cache)
@@ -151,16 +156,16 @@ def check_parity(
                     captured = capture_example(step, batches[0], dynamic)
                     check.tell("capture", 1, 1)
                 check.tell(f"build {target}", 0, 1)
-                with built(captured, target, device, kept, isolate) as run:
+                with built(captured, target, device, kept, isolate, cuda) as run:
                     check.tell(f"build {target}", 1, 1)
                     check.drive(run, reset=False)
             if staged:
-                more = Panel(lambda: _oracle(step), batches, seed, tol, stages=True)
+                more = Panel(lambda: oracle_of(step), batches, seed, tol, stages=True)
                 inner = replace(check, panel=more, num_steps=min(num_steps, STAGED_STEPS))
                 captured = capture_example(step, batches[0], dynamic, stages=True)
                 for target, name in zip(chosen, staged, strict=True):
                     check.tell(f"build {name}", 0, 1)
-                    with built(captured, target, device, kept, isolate) as run:
+                    with built(captured, target, device, kept, isolate, cuda) as run:
                         run.name = name
                         inner.drive(run, reset=False, whole=False)
         except KeyboardInterrupt:
@@ -186,8 +191,8 @@ def check_parity(
         laws=eager,
         reference=compared,
         interrupted=interrupted,
-        ledger=ledger(seed, step.seed, device, facts),
-        command=command or _call(chosen, names, num_steps, device, seed, dynamic),
+        ledger=ledger(seed, step.seed, device, facts, cuda),
+        command=command or _call(chosen, names, num_steps, device, seed, dynamic, cuda),
     )
 
 
@@ -233,11 +238,19 @@ def _call(
     device: str,
     seed: int,
     dynamic: Dynamic,
+    cuda: CudaOptions | None,
 ) -> str:
     """The Python call that repeats a check, but for what only the caller has."""
-    given = {"targets": list(targets), "num_steps": num_steps, "device": device, "seed": seed}
+    given: dict[str, Any] = {
+        "targets": list(targets),
+        "num_steps": num_steps,
+        "device": device,
+        "seed": seed,
+    }
     if dynamic != "batch":
         given["dynamic"] = dynamic
+    if cuda is not None:
+        given["cuda"] = cuda
     words = [f"{key}={value!r}" for key, value in given.items()]
     others = [name for name in names if name not in targets]
     if others:
@@ -279,49 +292,6 @@ def _check_request(
             raise ParityError(
                 f"Batch {index} is a {type(batch).__name__}; expected a tuple or a dict of tensors."
             )
-
-
-def _oracle(step: TrainStep) -> Oracle:
-    semantics, other = step.semantics, step.optimizer.perturbation
-    return Oracle(
-        step.model,
-        step.loss_fn,
-        step.optimizer.base_optimizer,
-        num_targets=step.num_targets,
-        running_stats=semantics.running_stats,
-        randomness=semantics.randomness,
-        generator=semantics.generator,
-        seed=step.seed,
-        step_count=step.step_count,
-        on_nonfinite=semantics.on_nonfinite,
-        decay_in_ascent=semantics.decay_in_ascent,
-        norm_over=semantics.norm_over,
-        adaptive=other.eta if isinstance(other, ASAM) else None,
-        perturbation=None if isinstance(other, ASAM) else other,
-        clip_norm=semantics.clip_norm,
-        clip_value=semantics.clip_value,
-        precision=OraclePrecision(
-            step.autocast,
-            None if step.loss_scaling is None else step.loss_scaling.to_dict(),
-            step.loss_scale or 1.0,
-            step.growth_tracker,
-        ),
-        micro_batches=semantics.micro_batches,
-        perturbation_per=semantics.perturbation_per,
-        variant=_oracle_variant(step),
-        every=step.optimizer.every,
-        ascent_steps=step.optimizer.ascent_steps,
-    )
-
-
-def _oracle_variant(step: TrainStep) -> OracleVariant:
-    """The variant by name and numbers, with what it has kept so far."""
-    variant = step.optimizer.variant
-    made = OracleVariant(type(variant).__name__, **vars(variant))
-    for name, parameter in step.model.named_parameters():
-        for key, value in step.optimizer.memory.get(parameter, {}).items():
-            made.kept.setdefault(key, {})[name] = value.detach().clone()
-    return made
 
 
 def capture_example(

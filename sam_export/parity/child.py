@@ -1,6 +1,7 @@
 """A session in a process of its own: a crash of a native runtime is then an answer, not the end.
 
-The child is ``python -m sam_export.parity.child FOLDER DEVICE``. It loads the artifact and answers
+The child is ``python -m sam_export.parity.child FOLDER DEVICE CUDA``, the last one `CudaOptions` as
+JSON, or ``null``. It loads the artifact and answers
 pickled messages on its standard input, ``(length, bytes)`` each way; whatever else it prints goes
 to its standard error, of which the last lines are part of a report. It imports torch only if the
 artifact's runtime does.
@@ -8,6 +9,7 @@ artifact's runtime does.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam_export.errors import ArtifactError, ParityError, RuntimeUnavailableError, SessionError
+from sam_export.runtime.cuda_options import CudaOptions
 
 _LENGTH = struct.Struct("<Q")
 _ERRORS = {
@@ -41,6 +44,7 @@ class ChildSession:
         threads: Threads of torch's operators there.
         seeds: Whether each step is to begin with this process's torch seed.
         hyper: Hyper-parameters of every step, where they are not the artifact's own.
+        cuda: As `sam_export.load` takes it.
 
     Raises:
         SamExportError: What loading the artifact raised there.
@@ -54,7 +58,9 @@ class ChildSession:
         threads: int,
         seeds: bool,
         hyper: Mapping[str, Any] | None = None,
+        cuda: CudaOptions | None = None,
     ) -> None:
+        self._cuda = cuda
         self._folder, self._device, self._seeds = folder, device, seeds
         self._hyper = dict(hyper or {})
         self._threads = threads
@@ -67,7 +73,9 @@ class ChildSession:
             raise
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "sam_export.parity.child", str(self._folder), self._device]
+        options = json.dumps(self._cuda.to_dict() if self._cuda else None)
+        arguments = [str(self._folder), self._device, options]
+        command = [sys.executable, "-m", "sam_export.parity.child", *arguments]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -206,12 +214,14 @@ def _receive(stream: IO[bytes]) -> Any:
 # -- in the child ------------------------------------------------------------------------------
 
 
-def serve(folder: str, device: str, requests: IO[bytes], answers: IO[bytes]) -> None:
+def serve(
+    folder: str, device: str, cuda: CudaOptions | None, requests: IO[bytes], answers: IO[bytes]
+) -> None:
     """Loads the artifact and answers until ``requests`` ends."""
     from sam_export.api import load
 
     try:
-        session = load(folder, device=device)
+        session = load(folder, device=device, cuda=cuda)
     except Exception as error:
         _send(answers, ("error", (type(error).__name__, str(error))))
         return
@@ -262,7 +272,10 @@ def main() -> None:
     # Standard output is the protocol; what a library prints there must not get into it.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    serve(sys.argv[1], sys.argv[2], sys.stdin.buffer, answers)
+    folder, device, options = sys.argv[1:]
+    given = json.loads(options)
+    cuda = None if given is None else CudaOptions(**given)
+    serve(folder, device, cuda, sys.stdin.buffer, answers)
 
 
 if __name__ == "__main__":

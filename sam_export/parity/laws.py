@@ -20,6 +20,7 @@ from sam_export.parity.compare import Sample, metric_sample
 from sam_export.parity.disturb import examples, map_batch, permuted
 from sam_export.parity.oracle import Oracle
 from sam_export.parity.oracle_batch import Batch
+from sam_export.parity.oracle_once import loss_and_gradient
 from sam_export.parity.panel import METRICS, Panel
 from sam_export.parity.rollout import Run, compared_from
 from sam_export.parity.tolerances import Tolerances
@@ -246,7 +247,7 @@ def _slope(
 ) -> tuple[float, dict[str, Any]]:
     panel.seed_generators(0)
     oracle.load(point)
-    return oracle.loss_and_gradient(batch)
+    return loss_and_gradient(oracle, batch)
 
 
 def _perturbed(panel: Panel, point: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sam_export.runtime.cuda_options import CudaOptions
+
 PACKAGES = (
     "sam_export",
     "torch",
@@ -55,7 +57,11 @@ _INSTRUCTIONS = (
 
 
 def ledger(
-    seed: int, step_seed: int, device: str, sessions: Mapping[str, Mapping[str, Any]]
+    seed: int,
+    step_seed: int,
+    device: str,
+    sessions: Mapping[str, Mapping[str, Any]],
+    cuda: CudaOptions | None = None,
 ) -> dict[str, Any]:
     """JSON values, by section; what this machine does not tell is null.
 
@@ -64,6 +70,7 @@ def ledger(
         step_seed: Of the step's own generator.
         device: As it was asked for.
         sessions: Target to its provider and facts, as far as its session tells them.
+        cuda: The options for a CUDA device that were asked for; None: the defaults.
 
     Returns:
         ``seeds``, ``threads``, ``versions``, ``hardware``, ``numerics`` (switches of torch and
@@ -83,7 +90,10 @@ def ledger(
             "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS"),
         },
         "versions": versions(),
-        "hardware": _hardware(device),
+        "hardware": {
+            **_hardware(device),
+            "cuda_options": None if cuda is None else cuda.to_dict(),
+        },
         "numerics": _numerics(),
         "environment": _environment(),
         "targets": {name: dict(facts) for name, facts in sessions.items()},

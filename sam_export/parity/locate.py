@@ -20,6 +20,7 @@ from sam_export.artifact.folder import Artifact, open_artifact
 from sam_export.errors import ParityError
 from sam_export.parity.blame import Blame, blame
 from sam_export.parity.interpret import StepGraph
+from sam_export.parity.locate_compiled import CompiledSearch
 from sam_export.parity.locate_judge import Gap, gaps
 from sam_export.parity.locate_onnx import OnnxForm
 from sam_export.parity.locate_search import Form, Piece, Search
@@ -49,12 +50,14 @@ class Location:
         stage: ``ascent``, ``descent`` or ``update``.
         module: Path of the module that it comes from.
         line: The user's source line.
-        span: The nodes of the piece: one where the verdict is ``node``.
+        span: The nodes of the piece: one where the verdict is ``node``. No node before that one
+            differs by itself; where pieces are compiled, nodes before it that differ only fused
+            with each other are looked for once this one is mended.
         gap: How far the node's value is off.
         onnx_nodes: The ONNX nodes of the piece.
         fault: Whose fault it is.
         harmless: Values that differ and are read so that nothing after them does.
-        pieces: How many pieces of the graph were run.
+        pieces: How many pieces of the graph were run; equal nodes that are compiled once are one.
         nodes: How many nodes the captured graph has.
         seconds: How long it took.
         judge: ``float64``, or ``eager`` where the graph does not run in float64.
@@ -159,16 +162,17 @@ def locate(
 ) -> Location:
     """Finds the first node of the step's graph whose output differs from eager PyTorch's.
 
-    The session is run on one step. If an output differs, the graph is bisected: each piece gets
-    eager's values of what comes before it and is compared with the same nodes in float64, so no
-    error of an earlier node is seen twice. See `locate_search`.
+    All of it happens on the CPU. The session is run on one step. If an output differs, pieces of
+    the graph are: each gets eager's values of what comes before it and is compared with the same
+    nodes in float64, so no error of an earlier node is seen twice. See `locate_search`, and
+    `locate_compiled` for targets whose pieces have to be compiled.
 
     Args:
         step: The step, or what `capture` made of it.
         target: ``onnx``, ``onnx-training``, ``torch-compile``, ``torchscript``, ``aot-inductor``.
         batch: One on which the target differs.
         state: Start state, as ``session.state`` has it; None: the captured one.
-        artifact: What differs; None: the step is exported afresh.
+        artifact: What differs, made for the CPU; None: the step is exported afresh.
         out: Folder to write a reproduction to; it must not exist. None: none is written.
         hyper: Hyper-parameters, one value per group; those omitted are the captured ones.
         dynamic: As `capture` takes it, where ``step`` is not captured yet.
@@ -178,7 +182,7 @@ def locate(
 
     Raises:
         ParityError: The target has no pieces (``ort-artifacts``), the step draws from torch's own
-            generator, the artifact is of another step or target, or ``out`` exists.
+            generator, the artifact is of another step, target or device, or ``out`` exists.
         SamExportError: Capture or export fails.
     """
     begun = time.perf_counter()
@@ -204,7 +208,7 @@ def locate(
             form = OnnxForm(graph, opened.file("step"), target)
         else:
             form = TorchForm(graph, target, backends)
-        search = Search(graph, form, tol, whole_first=target in ONNX_TARGETS)
+        search = _search(graph, form, tol, backends is None, differing)
         piece = search.find()
         verdict = "outside" if backends is None else "equal"
         location = Location(
@@ -223,6 +227,15 @@ def locate(
                 folder = write_reproduction(out, graph, form, piece, about, tol)
                 location = replace(location, reproduction=str(folder))
     return replace(location, seconds=time.perf_counter() - begun)
+
+
+def _search(
+    graph: StepGraph, form: Form, tol: Tolerances, differs: bool, outputs: Sequence[str]
+) -> Search:
+    if isinstance(form, TorchForm) and form.compiles:
+        nodes = [graph.results[output] for output in outputs]
+        return CompiledSearch(graph, form, tol, whole_first=not differs, differing=nodes)
+    return Search(graph, form, tol, whole_first=isinstance(form, OnnxForm))
 
 
 def _check(target: str, out: str | os.PathLike[str] | None) -> None:
@@ -259,6 +272,13 @@ def _artifact(
     artifact = given if isinstance(given, Artifact) else open_artifact(given)
     if artifact.target != target:
         raise ParityError(f"{artifact.path} is of target {artifact.target!r}, not {target!r}.")
+    made_for = str(artifact.details.get("device", "cpu"))
+    if made_for != "cpu":
+        raise ParityError(
+            f"{artifact.path} is made for {made_for!r}, and a difference is looked for on the CPU, "
+            "whose kernels are others. Leave the artifact out: the step is then exported for the "
+            "CPU, which shows a fault of the graph or of its lowering."
+        )
     if artifact.contract.program("step") != captured.contract.program("step"):
         raise ParityError(
             f"{artifact.path} is not this step: the inputs or outputs of its graph are others. "

@@ -70,6 +70,9 @@ class Moved(Mapping[str, Tensor]):
             return value
         return torch.from_numpy(jittered(value.numpy(), self._ulps, rng))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values  # the inherited one moves the value to find that out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 

@@ -77,6 +77,8 @@ class Search:
         runs: How many pieces ran.
         harmless: Values that differ though nothing that reads them does: the target writes them
             in another way (an index, a mask), and the next one agrees.
+        retests_whole: Whether what differs is run again with all that was computed with it: where
+            another graph would have to be compiled.
     """
 
     graph: StepGraph
@@ -85,6 +87,7 @@ class Search:
     whole_first: bool = True
     runs: int = 0
     harmless: list[str] = field(default_factory=list)
+    retests_whole: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         results = self.graph.results
@@ -184,7 +187,8 @@ class Search:
             if not suspects:
                 break
             moved = Moved(given, self.tol.nudge, 100 + attempt)
-            suspects &= {gap.name for gap in self._over(sorted(suspects), moved)}
+            again = wanted if self.retests_whole else sorted(suspects)
+            suspects &= {gap.name for gap in self._over(again, moved)}
         kept = sorted((g for g in over if g.name in suspects), key=lambda gap: -_badness(gap))
         return Piece(tuple(wanted), given, tuple(kept), tuple(span))
 

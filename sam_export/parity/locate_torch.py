@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ AOT = "aot-inductor"
 
 PLAIN, OVERWRITING = "without overwriting", "with overwriting"
 """TorchScript, without and with operands that are written over, as the target has it."""
+
+Runnable = Callable[[list[Tensor]], Sequence[Tensor]]
+"""A piece that is ready to run: inputs in order to results."""
 
 _WAYS = {
     "torch-compile": BACKENDS,
@@ -70,6 +74,12 @@ class TorchForm:
         self.graph = graph
         self.ways = tuple(backends) if backends else _WAYS[target]
         self.values = list(graph.values)
+        self._latest: tuple[Any, Runnable] | None = None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether compiling a piece takes far longer than running it."""
+        return self.ways[-1] not in (PLAIN, OVERWRITING)
 
     def readers(self, name: str, known: Callable[[str], bool]) -> set[str]:
         """See `locate_search.Form`."""
@@ -80,7 +90,11 @@ class TorchForm:
     ) -> dict[str, NDArray[Any]]:
         """See `locate_search.Form`."""
         piece = self.piece(wanted, given)
-        results = run_piece(piece, way or self.ways[-1])
+        key = (tuple(wanted), tuple(piece.inputs), way or self.ways[-1])
+        if self._latest is None or self._latest[0] != key:
+            self._latest = (key, compiled_piece(piece, key[-1]))
+        # A piece that differs is run again, with other numbers, right after.
+        results = run_compiled(self._latest[1], piece, key[-1])
         # Compiled code may hand out one buffer twice, or an input.
         return {name: np.array(value.numpy()) for name, value in zip(wanted, results, strict=True)}
 
@@ -108,37 +122,60 @@ class TorchForm:
         return TorchPiece(fx.GraphModule(torch.nn.Module(), made), inputs, symbolic)
 
 
-def run_piece(piece: TorchPiece, way: str) -> Sequence[Tensor]:
-    """The results of a piece.
+def compiled_piece(piece: TorchPiece, way: str) -> Runnable:
+    """What runs a piece, and other inputs of the same layouts.
 
     Args:
-        piece: What to run.
+        piece: What to run. torch.compile's backends compile at the first run.
         way: A backend of torch.compile, `AOT`, `PLAIN` or `OVERWRITING`.
 
     Raises:
         ParityError: The piece does not compile.
     """
-    inputs = list(piece.inputs.values())
+    with _named_failure(piece, way), torch.no_grad():
+        if way in (PLAIN, OVERWRITING):
+            script = scripted(piece, way)
+            return lambda inputs: script(*inputs)
+        if way == AOT:
+            with tempfile.TemporaryDirectory(prefix="sam_export-locate-") as folder:
+                path = Path(folder) / "graph.pt2"
+                path.write_bytes(packaged(piece))
+                return aot_inductor.load_package(path, torch.device("cpu"))
+        function = inductor.compiled_with(piece.module, way)
+
+        def marked(inputs: list[Tensor]) -> Sequence[Tensor]:
+            for tensor, dims in zip(inputs, piece.symbolic, strict=True):
+                for d in dims:
+                    inductor.may_vary(tensor, d)
+            return function(*inputs)
+
+        return marked
+
+
+def run_compiled(run: Runnable, piece: TorchPiece, way: str) -> Sequence[Tensor]:
+    """The results of a piece.
+
+    Args:
+        run: Of `compiled_piece`, made of this piece or of one that differs in its numbers only.
+        piece: What to run.
+        way: As `compiled_piece` had it.
+
+    Raises:
+        ParityError: It does not compile, or does not run.
+    """
+    with _named_failure(piece, way), torch.no_grad():
+        return run(list(piece.inputs.values()))
+
+
+@contextmanager
+def _named_failure(piece: TorchPiece, way: str) -> Iterator[None]:
     try:
-        with torch.no_grad():
-            if way in (PLAIN, OVERWRITING):
-                results: Sequence[Tensor] = scripted(piece, way)(*inputs)
-            elif way == AOT:
-                with tempfile.TemporaryDirectory(prefix="sam_export-locate-") as folder:
-                    path = Path(folder) / "graph.pt2"
-                    path.write_bytes(packaged(piece))
-                    results = aot_inductor.load_package(path, torch.device("cpu"))(inputs)
-            else:
-                for tensor, dims in zip(inputs, piece.symbolic, strict=True):
-                    for d in dims:
-                        inductor.may_vary(tensor, d)
-                results = inductor.compiled_with(piece.module, way)(*inputs)
+        yield
     except Exception as error:
         raise ParityError(
             f"A piece of {len(piece.module.graph.nodes)} nodes of the step does not run as {way}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return results
 
 
 def packaged(piece: TorchPiece) -> bytes:

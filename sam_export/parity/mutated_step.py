@@ -55,7 +55,14 @@ class MutatedStep(TrainStep):
     def __init__(self, kind: ModelName, step: TrainStep) -> None:
         assert isinstance(step.optimizer, SAM)
         super().__init__(
-            step.model, step.loss_fn, step.optimizer, step.num_targets, step.semantics, step.seed
+            step.model,
+            step.loss_fn,
+            step.optimizer,
+            step.num_targets,
+            step.semantics,
+            step.seed,
+            step.autocast,
+            step.loss_scaling,
         )
         self._kind = kind
         self._faults: Faults | None = None

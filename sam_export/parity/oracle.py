@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sam_export.parity.oracle_average import OracleAverage
 from sam_export.parity.oracle_batch import Batch, loss_of
 from sam_export.parity.oracle_parts import Rounds, parts_of
 from sam_export.parity.oracle_precision import OraclePrecision, wide_norm
 from sam_export.parity.oracle_random import OracleDraws
-from sam_export.parity.oracle_slots import OracleSlots, host_copy
+from sam_export.parity.oracle_slots import OracleSlots
 from sam_export.parity.oracle_state import OracleState
 from sam_export.parity.oracle_surroundings import (
     default_dtype,
@@ -67,6 +67,7 @@ class Oracle(OracleState):
         precision: Autocast and loss scaling; None: neither.
         variant: GSAM, Friendly SAM or LookSAM; None: SAM itself.
         every: Only a step whose number is divisible by it is one of SAM.
+        average: Of the weights, over the steps; None: there is none.
         ascent_steps: How many steps lead to ``w + eps``, each of length ``rho / ascent_steps``.
         micro_batches: Into how many equal parts a batch is cut; gradients are means over them.
         perturbation_per: ``"batch"``, or ``"micro_batch"``: all up to the second gradient is done
@@ -99,6 +100,7 @@ class Oracle(OracleState):
         variant: OracleVariant | None = None,
         every: int = 1,
         ascent_steps: int = 1,
+        average: OracleAverage | None = None,
         micro_batches: int = 1,
         perturbation_per: str = "batch",
     ) -> None:
@@ -129,6 +131,7 @@ class Oracle(OracleState):
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.precision = precision or OraclePrecision()
         self.variant = variant or OracleVariant()
+        self.average = average or OracleAverage()
         self.every, self.ascent_steps = every, ascent_steps
         self.micro_batches, self.perturbation_per = micro_batches, perturbation_per
         self._drawn = self._first_draw = 0
@@ -149,6 +152,7 @@ class Oracle(OracleState):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     entries[key] = value.double()
         self.variant.double()
+        self.average.double()
         self.is_double = self.precision.is_exact = True
         return self
 
@@ -170,32 +174,6 @@ class Oracle(OracleState):
             result = self._step(self.tensors(batch), overflows)
         self.step_count += int(bool(result["finite"]) or self.on_nonfinite != "raise")
         return result
-
-    def base_step(self, batch: Batch) -> None:
-        """One step of the base optimizer alone: one pass, no perturbation."""
-        with torch.enable_grad(), default_dtype(self.is_double):
-            self._zero_grad()
-            self._plain_pass(batch)
-            self.optimizer.step()
-            self._zero_grad()
-
-    def loss_and_gradient(self, batch: Batch) -> tuple[float, dict[str, NDArray[Any]]]:
-        """Loss and gradient at the current weights, by name; buffers are put back."""
-        buffers = list(self.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        with torch.enable_grad(), default_dtype(self.is_double):
-            self._zero_grad()
-            loss = self._plain_pass(batch)
-        with torch.no_grad():
-            self._put_back(buffers, before)
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        gradient = {
-            name: host_copy(p.grad)
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and id(p) in held
-        }
-        self._zero_grad()
-        return loss, gradient
 
     def _step(self, batch: Batch, overflows: bool) -> dict[str, float | bool]:
         parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
@@ -227,7 +205,8 @@ class Oracle(OracleState):
             else:
                 clip(self.optimizer.param_groups, self.clip_norm, self.clip_value)
                 self.optimizer.step()
-        self._zero_grad()
+                self.average.take(self.model)
+        self.zero_grad()
         scaled = self.precision.results()
         self.precision.update(finite)
         clipping = {"perturbed_grad_norm": float(perturbed_grad_norm)} if self.clips else {}
@@ -248,28 +227,30 @@ class Oracle(OracleState):
         # First pass, at w.
         loss = self._pass(members)
         buffers_after_ascent = [buffer.clone() for buffer in buffers]
+        is_perturbed = self.step_count % self.every == 0
         with torch.no_grad():
-            self._add_decay()
+            if is_perturbed:
+                self._add_decay()
             grad_norm = self._grad_norm()
             rounds.add_gradients("g", parameters)
             w = {p: p.clone() for p in self._with_gradient()}
             g = {name: p.grad.clone() for name, p in self._named(w) if p.grad is not None}
-        is_perturbed = self.step_count % self.every == 0
         perturbed_loss = loss
-        steps: list[Tensor] = []
+        steps: list[list[Tensor]] = []
         if is_perturbed:
             self.variant.ascend(self._named(w))
             for number in range(self.ascent_steps):
                 if number > 0:
                     self._pass(members, generators)
                     self._add_decay()
-                steps = self._climb(stages if number == 0 else {})
+                steps.append(self._climb(stages if number == 0 else {}))
             # Last pass, at w + eps.
             perturbed_loss = self._pass(members, generators)
         with torch.no_grad():
             eps = {name: p - w[p] for name, p in self._named(w)}
-            # What was added: of one step more exactly than what came of it.
-            perturbation_norm = wide_norm(steps if len(steps) else list(eps.values()))
+            # Of what was added, which is more exact than what came of it.
+            added = [torch.stack(each).sum(0) for each in zip(*steps, strict=True)]
+            perturbation_norm = wide_norm(added or list(eps.values()))
             for p, value in w.items():
                 p.copy_(value)
             self.without_gradient = self._without_gradient()
@@ -296,7 +277,7 @@ class Oracle(OracleState):
             members: The parts of the batch.
             again: In a later pass, where torch's generators stood before the first one.
         """
-        self._zero_grad()
+        self.zero_grad()
         is_same = again is not None and self.randomness == "same"
         if is_same:
             set_generator_states(again)
@@ -310,16 +291,15 @@ class Oracle(OracleState):
         self._drawn = max(self._drawn, draws.next)
         return total
 
-    def _plain_pass(self, batch: Batch) -> float:
-        """A pass without the scale of the loss; the mean loss of the parts."""
-        parts = parts_of(self.tensors(batch), self.micro_batches)
-        total = 0.0
-        with self._drawing(0):
-            for part in parts:
-                loss = self._loss(part) / len(parts)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-        return total
+    def gradient(self, batch: Batch) -> Tensor:
+        """Loss where the weights stand; puts its gradient into them, and changes the buffers.
+
+        Args:
+            batch: As `tensors` makes it.
+        """
+        self._drawn = 0
+        with torch.enable_grad(), default_dtype(self.is_double):
+            return self._pass(parts_of(batch, self.micro_batches))
 
     @torch.no_grad()
     def _add_decay(self) -> None:
@@ -334,7 +314,7 @@ class Oracle(OracleState):
         """Moves the weights by ``eps`` of the gradients that are there, or by one step of it.
 
         Returns:
-            What was added; nothing where it is only a step of the way.
+            What was added.
         """
         groups = self.optimizer.param_groups
         held = [(p, g[self.radius]) for g in groups for p in g["params"] if p.grad is not None]
@@ -355,7 +335,7 @@ class Oracle(OracleState):
             steps.append(e)
             if self.keeps_stages:
                 stages[f"g.{names[p]}"] = p.grad.clone()
-        return steps if self.ascent_steps == 1 else []
+        return steps
 
     def _with_gradient(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
@@ -382,7 +362,8 @@ class Oracle(OracleState):
             gradients = chosen or [torch.zeros_like(gradients[0])]
         return wide_norm(gradients)
 
-    def _zero_grad(self) -> None:
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)  # parameters that the optimizer does not hold
 

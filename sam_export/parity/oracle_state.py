@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sam_export.parity.oracle_average import OracleAverage
 from sam_export.parity.oracle_batch import Batch, moved
 from sam_export.parity.oracle_precision import OraclePrecision
 from sam_export.parity.oracle_slots import OracleSlots, host_copy
@@ -28,6 +29,7 @@ class OracleState:
     is_double: bool
     stages: dict[str, Tensor]
     variant: OracleVariant
+    average: OracleAverage
     precision: OraclePrecision
     _slots: OracleSlots
 
@@ -48,7 +50,7 @@ class OracleState:
             state["rng.seed"] = np.array(self.seed)
         if self.is_counting or self.every > 1:
             state["counter.step"] = np.array(self.step_count)
-        state |= self.variant.snapshot()
+        state |= self.variant.snapshot() | self.average.snapshot()
         state |= self.precision.snapshot()
         state |= {f"stage.{name}": host_copy(value) for name, value in self.stages.items()}
         return state | self._slots.snapshot(self.model, self.optimizer)
@@ -64,6 +66,7 @@ class OracleState:
         if self.is_counting or self.every > 1:
             self.step_count = int(state["counter.step"])
         self.variant.load(state, self.device, self.is_double)
+        self.average.load(state, self.device, self.is_double)
         self.precision.load(state)
         self._slots.load(self.model, self.optimizer, state, self.is_double)
 

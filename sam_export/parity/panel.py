@@ -23,6 +23,7 @@ from sam_export.parity.disturb import (
 from sam_export.parity.one_by_one import OneByOne
 from sam_export.parity.oracle import Oracle
 from sam_export.parity.oracle_batch import Batch
+from sam_export.parity.oracle_once import base_step
 from sam_export.parity.oracle_surroundings import flat_generator_states
 from sam_export.parity.tolerances import Tolerances
 
@@ -247,7 +248,7 @@ class Panel:
         """State after one step of the base optimizer alone, as the judge computes it."""
         self.seed_generators(0)
         self.judge.load(state)
-        self.judge.base_step(batch)
+        base_step(self.judge, batch)
         return self.judge.snapshot()
 
     # -- the runs -----------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class _Result:
     grad_norm: float
     perturbation_norm: float
     finite: bool
+    loss_scale: float | None = None
 
 
 class MutantSession:
@@ -76,8 +77,9 @@ class MutantSession:
         result = self._shared.step(*batch)
         numbers = {name: float(getattr(result, name)) for name in METRICS}
         finite = bool(result.finite)
+        scale = None if result.loss_scale is None else float(result.loss_scale)
         self._state = self._shared.state
-        return _Result(**numbers, finite=finite)
+        return _Result(**numbers, finite=finite, loss_scale=scale)
 
 
 def self_test(

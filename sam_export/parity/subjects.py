@@ -17,6 +17,7 @@ from sam_export.parity.artifacts import artifact_for
 from sam_export.parity.child import ChildSession
 from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.rollout import Run
+from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.step.hyper import baked_of
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import CapturedStep
@@ -24,7 +25,12 @@ from sam_export.tracing.captured_step import CapturedStep
 
 @contextmanager
 def built(
-    captured: CapturedStep, target: str, device: str, cache: Path | None, isolate: bool
+    captured: CapturedStep,
+    target: str,
+    device: str,
+    cache: Path | None,
+    isolate: bool,
+    cuda: CudaOptions | None = None,
 ) -> Iterator[Run]:
     """A run over the artifact of a captured step; a failure to build or load is the run's error.
 
@@ -34,13 +40,14 @@ def built(
         device: Where it runs.
         cache: Where artifacts are kept, see `artifacts.artifact_for`.
         isolate: Whether it runs in a process of its own.
+        cuda: Options for a CUDA device.
     """
     run = Run(target, _Nothing())
     folder: Path | None = None
     with run.guarded("build"):
         folder = artifact_for(captured, target, device, cache)
         run.artifact = folder
-        run.session = _opened(folder, device, isolate, bool(captured.random_ops))
+        run.session = _opened(folder, device, isolate, bool(captured.random_ops), cuda)
     try:
         yield run
     finally:
@@ -51,7 +58,13 @@ def built(
 
 @contextmanager
 def existing(
-    name: str, folder: Path, step: TrainStep, device: str, isolate: bool, notes: list[str]
+    name: str,
+    folder: Path,
+    step: TrainStep,
+    device: str,
+    isolate: bool,
+    notes: list[str],
+    cuda: CudaOptions | None = None,
 ) -> Iterator[Run]:
     """A run over an artifact that is there already, with the step's own ``lr`` and ``rho``.
 
@@ -62,13 +75,15 @@ def existing(
         device: Where it runs.
         isolate: Whether it runs in a process of its own.
         notes: Gets a line for each thing in which the artifact differs from the step by choice.
+        cuda: Options for a CUDA device.
     """
     run = Run(name, _Nothing())
     with run.guarded("open"):
         artifact = open_artifact(folder)
         notes += [f"{name}: {line}" for line in other_choices(artifact, step)]
         hyper = step.hyper([spec.name for spec in artifact.contract.hyper])
-        session = _opened(folder, device, isolate, bool(artifact.details.get("random_ops")), hyper)
+        draws = bool(artifact.details.get("random_ops"))
+        session = _opened(folder, device, isolate, draws, cuda, hyper)
         run.artifact, run.session = folder, session
     try:
         yield run
@@ -168,13 +183,14 @@ def _opened(
     device: str,
     isolate: bool,
     draws: bool,
+    cuda: CudaOptions | None,
     hyper: Mapping[str, Any] | None = None,
 ) -> Any:
     if isolate:
-        return ChildSession(folder, device, torch.get_num_threads(), draws, hyper)
+        return ChildSession(folder, device, torch.get_num_threads(), draws, hyper, cuda)
     from sam_export.api import load
 
-    session = load(folder, device=device)
+    session = load(folder, device=device, cuda=cuda)
     return _WithHyper(session, hyper) if hyper else session
 
 

@@ -27,7 +27,8 @@ class Tolerances:
             ``factor`` times the floor without them. A right target rounds where eager does, or at
             fewer places (fused operators), and adds up in float32: so its error is one more draw
             from what the floor is the largest of four draws of. Of normal draws the ratio is over 3
-            once in 140 times, before it is tried again (``retests``).
+            once in 93 times, before it is tried again (``retests``). Not for what is noise: its
+            square varies by the square of that, which ``factor`` allows.
         narrow_jitter: By how much weights and inputs are moved for those draws, in units of
             eps(autocast dtype): half, which is what a cast itself does.
         narrow_nudge: What ``nudge`` is with autocast, in units of its eps: a nudge below one

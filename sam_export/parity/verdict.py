@@ -61,9 +61,9 @@ def floor_and_bound(
         return 0.0, 0.0
     floor = max(noise, sample.rounding)
     allowed = tol.factor * floor
-    if sample.wide is not None:
+    if sample.wide is not None and sample.change >= tol.floors * floor:
         # Sums differ as they do without autocast; of the roundings of its casts a target has no
-        # more than eager.
+        # more than eager. Where all is noise it may be the square of one (``exp_avg_sq``).
         allowed = tol.factor * max(sample.wide, sample.rounding) + tol.narrow * noise
     return floor, max((relative + sample.known) * max(sample.change, floor), allowed)
 

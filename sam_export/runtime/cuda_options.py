@@ -20,9 +20,10 @@ class CudaOptions:
             TensorFloat-32 (10 bits of mantissa instead of 23). Faster, and no longer equal to
             eager PyTorch to float32's rounding.
         cuda_graph: Whether a step is recorded as a CUDA graph at its first run and replayed from
-            then on, which saves the launch of each kernel. Everything that goes in and out then has
-            a fixed place: a batch is copied into it, a result must be read before the next step
-            (reading it later raises `SessionError`), and each new batch size is recorded anew.
+            then on, which saves the launch of each kernel. A batch is then copied into a fixed
+            place, and each new batch size is recorded anew. With the ONNX targets a result must be
+            read before the next step (reading it later raises `SessionError`); ``torch-compile``
+            copies its results out of their fixed places. No other target takes it.
         allow_cpu_nodes: Whether a session may start although nodes run on the CPU, or copies
             between the CPU and the device are part of a step; see `runtime.placement`.
 

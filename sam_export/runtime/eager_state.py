@@ -36,6 +36,27 @@ def parts_of(model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
     return (model.model, model.optimizer, model) if is_step else (model, optimizer, None)
 
 
+def refuse_other_step(contract: StepContract, step: Any) -> None:
+    """Refuses a `TrainStep` that scales its loss or averages its weights in another way.
+
+    Raises:
+        SessionError: Their settings differ.
+    """
+    found = getattr(step, "loss_scaling", None)
+    if step is not None and found != contract.loss_scaling:
+        raise SessionError(
+            f"The TrainStep has loss_scaling={found}, and this step {contract.loss_scaling}: the "
+            "scale of one means nothing to the other. Nothing changed. To leave the scale out, "
+            "give its model and optimizer instead."
+        )
+    ema = None if getattr(step, "ema", None) is None else repr(step.ema)
+    if step is not None and ema != contract.ema:
+        raise SessionError(
+            f"The TrainStep has ema={ema}, and this step {contract.ema}. Nothing changed. To leave "
+            "the average out, give its model and optimizer instead."
+        )
+
+
 class EagerState:
     """An eager model and optimizer, matched by name with a contract.
 

@@ -58,4 +58,5 @@ def open_session(
         device,
         artifact.state(),
         artifact.details.get("known_rounding", {}),
+        artifact,
     )

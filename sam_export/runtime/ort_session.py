@@ -9,6 +9,7 @@ from typing import Any
 from sam_export.artifact.contract import TensorSpec
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import ArtifactError, RuntimeUnavailableError, SamExportError
+from sam_export.runtime import onnx_protobuf as pb
 from sam_export.runtime.cuda_options import CudaOptions
 from sam_export.runtime.detect import parse_device, require_provider
 from sam_export.runtime.placement import recorded, refuse_copies, summary
@@ -169,8 +170,23 @@ class OrtSessions:
         return RuntimeUnavailableError(
             f"ONNX Runtime {self._ort.__version__} has no {self.provider} kernel for the node "
             f"{missing['node']!r} of program {program!r}, {missing['op']} (since opset "
-            f"{missing['since']}), in the dtype that it has there; the state is {dtypes}. Export "
-            "the model in float32, or use another target."
+            f"{missing['since']}), in the dtype that it has there; the state is {dtypes}. "
+            f"{self._bfloat16(program) or 'Export the model in float32, or use another target.'}"
+        )
+
+    def _bfloat16(self, program: str) -> str:
+        """What to do where a program computes in bfloat16; empty where it does not."""
+        graph = pb.field_of(self._artifact.file(program).read_bytes(), pb.MODEL_GRAPH)
+        cast = graph and pb.first_cast_to(graph.message, pb.BFLOAT16)
+        if cast is None:
+            return ""
+        who = "The model or its optimizer"
+        if self._artifact.contract.optimizer == "Muon":
+            who = "torch's Muon, whatever the dtype of the model,"
+        return (
+            f"{who} computes in bfloat16 from the node {cast!r} on, and this provider has hardly "
+            "any kernels for that. Export the step to a torch target ('torch-compile', "
+            "'torchscript', 'aot-inductor'), or use an optimizer that does not."
         )
 
     def _disabled_optimizers(self) -> list[str]:

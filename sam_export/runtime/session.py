@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,26 +13,24 @@ from numpy.typing import NDArray
 from sam_export.artifact.checkpoint import load_checkpoint, save_checkpoint
 from sam_export.artifact.contract import (
     CLIPPED_METRIC,
-    GROWTH_TRACKER,
     HYPER,
     METRICS,
-    SCALE,
     SCALED_METRIC,
-    SEED,
     STAGE,
-    STARTED,
     STEP,
     ProgramSpec,
     StepContract,
 )
+from sam_export.artifact.folder import Artifact
 from sam_export.artifact.result import DeviceValue, StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.artifact.state_file import differences, first_few, shapes_of
 from sam_export.artifact.tree import unflatten
 from sam_export.errors import ArtifactError, SessionError
 from sam_export.runtime.batches import checked_batch, merged_hyper
-from sam_export.runtime.eager_state import EagerState, host_array, parts_of
+from sam_export.runtime.eager_exchange import Progress, read_eager, write_eager
 from sam_export.runtime.engine import Engine
+from sam_export.runtime.model_file import write_model
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +50,7 @@ class Session:
         device: Where they run, as it was asked for (``cpu``, ``cuda:0``).
         initial_state: Every state tensor of the contract by name.
         known_rounding: State tensor to how much of a step's change its runtime is known to be off.
+        artifact: What the session was loaded from, for `export_model`.
 
     Raises:
         SessionError: The initial state does not match the contract.
@@ -65,6 +65,7 @@ class Session:
         device: str,
         initial_state: Mapping[str, NDArray[Any]],
         known_rounding: Mapping[str, float] | None = None,
+        artifact: Artifact | None = None,
     ) -> None:
         self.contract = contract
         self.semantics = semantics
@@ -72,6 +73,7 @@ class Session:
         self.device = device
         self.known_rounding = dict(known_rounding or {})
         self._engine = engine
+        self._artifact = artifact
         self._step_count = 0
         self._set_hyper({spec.name: spec.defaults for spec in contract.hyper})
         self.set_state(initial_state)
@@ -160,11 +162,12 @@ class Session:
         self._number += 1
         return result
 
-    def evaluate(self, *inputs: Any) -> Any:
+    def evaluate(self, *inputs: Any, average: bool = False) -> Any:
         """The model's outputs in eval mode at the current weights.
 
         Args:
             *inputs: The batch's inputs without its targets; or one dict.
+            average: At the averaged weights instead, of a step with `EMA`.
 
         Returns:
             NumPy arrays, in the tuples, lists and dicts that the model returns.
@@ -172,21 +175,22 @@ class Session:
         Raises:
             SessionError: The inputs do not fit the contract, or there is no such program.
         """
-        program = self._program("evaluate")
+        program = self._program("evaluate_average" if average else "evaluate")
         results = self._run(program, checked_batch(inputs, self.contract, program), self._hyper)
         leaves = [self._engine.to_numpy(results[name]) for name in _outputs(program)]
         return unflatten(self.contract.output_tree, leaves)
 
-    def evaluate_loss(self, *batch: Any) -> float:
+    def evaluate_loss(self, *batch: Any, average: bool = False) -> float:
         """The loss of a batch in eval mode at the current weights.
 
         Args:
             *batch: Inputs, then targets, as `step` takes them.
+            average: At the averaged weights instead, of a step with `EMA`.
 
         Raises:
             SessionError: The batch does not fit the contract, or there is no such program.
         """
-        program = self._program("evaluate_loss")
+        program = self._program("evaluate_loss_average" if average else "evaluate_loss")
         results = self._run(program, checked_batch(batch, self.contract, program), self._hyper)
         return float(self._engine.to_numpy(results[program.outputs[0].name]))
 
@@ -209,6 +213,27 @@ class Session:
         self._set_hyper(checkpoint.hyper)
         self._step_count = checkpoint.step_count
 
+    def export_model(self, path: str | os.PathLike[str], average: bool = False) -> None:
+        """Writes the model's forward in eval mode, current weights inside, to serve it.
+
+        The ONNX targets write an ``.onnx`` file that any ONNX Runtime runs, ``torchscript`` a
+        ``.pt`` for `torch.jit.load`, ``torch-compile`` a ``.pt2`` for `torch.export.load`. Inputs
+        and outputs are those of `evaluate`. The file appears whole or not at all.
+
+        Args:
+            path: The file; one that is there is replaced.
+            average: With the averaged weights instead, of a step with `EMA`.
+
+        Raises:
+            SessionError: The target has no such form, or not the one that ``path`` ends in; the
+                model draws random numbers in eval mode; or a stock ONNX Runtime cannot load it.
+            ArtifactError: The disk refuses, or the artifact of this session is not there any more.
+        """
+        self._program("evaluate_average" if average else "evaluate")
+        if self._artifact is None:
+            raise SessionError("This session was not loaded from an artifact.")
+        write_model(self._artifact, Path(path), self._engine.read, average)
+
     def load_into(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copies the whole state into an eager model and optimizer, exactly. Needs torch.
 
@@ -217,51 +242,16 @@ class Session:
 
         Args:
             model: A model with the parameters and buffers of the contract; or a `TrainStep`, which
-                takes step number and seed, too, and goes on drawing the same random numbers.
+                takes step number, seed and the scale of the loss, too, and goes on drawing the same
+                random numbers.
             optimizer: A `SAM` over it, or the base optimizer alone (which has no ``rho`` to set);
                 None for a `TrainStep`.
 
         Raises:
             SessionError: A name, shape, dtype, parameter group or slot differs.
         """
-        import torch
-
-        model, optimizer, step = parts_of(model, optimizer)
-        eager = EagerState(self.contract, model, optimizer)
-        state = self.state
-        made = {spec.name: eager.new_slot(spec, p) for spec, p, old in eager.slots if old is None}
-        with torch.no_grad():
-            for name, tensor in eager.tensors.items():
-                tensor.data.copy_(torch.tensor(state[name]))
-            for spec, parameter, old in eager.slots:
-                if state.get(STARTED) == 0:  # eager tells its first update by having no slots
-                    eager.base.state.get(parameter, {}).pop(spec.slot, None)
-                    continue
-                value = made[spec.name] if old is None else old
-                if isinstance(value, torch.Tensor):
-                    value.data.copy_(torch.tensor(state[spec.name]))
-                else:
-                    value = type(value)(state[spec.name].item())
-                eager.base.state[parameter][spec.slot] = value
-            for spec, parameter, _ in eager.memories:
-                if state.get(STARTED) == 0:
-                    eager.sam.memory.pop(parameter, None)
-                    continue
-                kept = torch.tensor(state[spec.name]).to(parameter)
-                eager.sam.memory.setdefault(parameter, {})[spec.slot] = kept
-            for name, index, group, key in eager.settings:
-                if isinstance(group[key], torch.Tensor):
-                    group[key].fill_(self._hyper[name][index])
-                else:
-                    group[key] = self._hyper[name][index]
-        if eager.sam is not None and self.contract.every > 1:
-            eager.sam.count = self._number
-        if step is not None:
-            step.step_count = int(state.get(STEP, self._step_count))
-            step.seed = int(state.get(SEED, step.seed))
-            if SCALE in state:
-                step.loss_scale = float(state[SCALE])
-                step.growth_tracker = int(state[GROWTH_TRACKER])
+        numbers = Progress(self._hyper, self._step_count, self._number)
+        write_eager(self.contract, self.state, numbers, model, optimizer)
 
     def load_from(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Takes the whole state over from an eager model and optimizer, exactly. Needs torch.
@@ -272,42 +262,19 @@ class Session:
 
         Args:
             model: A model with the parameters and buffers of the contract; or a `TrainStep`, from
-                which step number and seed are taken, too.
+                which step number, seed and the scale of the loss are taken, too.
             optimizer: A `SAM` over it, or the base optimizer alone; None for a `TrainStep`.
 
         Raises:
             SessionError: A name, shape, dtype, parameter group, slot or hyper-parameter differs.
         """
-        model, optimizer, step = parts_of(model, optimizer)
-        eager = EagerState(self.contract, model, optimizer)
-        hyper = {spec.name: list(self._hyper[spec.name]) for spec in self.contract.hyper}
-        for name, index, group, key in eager.settings:
-            hyper[name][index] = float(group[key])
-        values = merged_hyper(self._hyper, hyper, self.contract)
-        state = {name: host_array(tensor) for name, tensor in eager.tensors.items()}
-        for spec, _, value in eager.slots:
-            found = self._first_slots[spec.name] if value is None else value
-            state[spec.name] = host_array(found).astype(spec.dtype)
-        for spec, parameter, value in eager.memories:
-            zeros = np.zeros(tuple(parameter.shape), spec.dtype)
-            state[spec.name] = zeros if value is None else host_array(value).astype(spec.dtype)
-        kept = [spec.name for spec in self.contract.state if spec.name not in state]
-        state.update(self._engine.read(kept))
-        if STARTED in state:
-            made = (*eager.slots, *eager.memories)
-            state[STARTED] = np.array(int(any(value is not None for _, _, value in made)))
-        if STEP in state and eager.sam is not None and self.contract.every > 1:
-            state[STEP] = np.array(eager.sam.count)
-        if step is not None:
-            numbers = {SEED: step.seed, STEP: step.step_count}
-            state.update({n: np.array(v) for n, v in numbers.items() if n in kept})
-            if SCALE in kept:
-                state[SCALE] = np.array(step.loss_scale, np.float32)
-                state[GROWTH_TRACKER] = np.array(step.growth_tracker)
-        self.set_state(state)
-        self._set_hyper(values)
-        if step is not None:
-            self._step_count = step.step_count
+        eager = read_eager(
+            self.contract, self._hyper, self._first_slots, self._engine.read, model, optimizer
+        )
+        self.set_state(eager.state)
+        self._set_hyper(eager.hyper)
+        if eager.step_count is not None:
+            self._step_count = eager.step_count
 
     def __repr__(self) -> str:
         count = sum(spec.role == "parameter" for spec in self.contract.state)

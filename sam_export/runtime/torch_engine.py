@@ -30,12 +30,16 @@ class TorchEngine:
         artifact: What to run.
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
         threads: Threads of one operator, for the whole process; None leaves torch's setting.
-        cuda: Refused where it differs from the defaults: torch has settings of its own.
+        cuda: Of its fields those in `takes`; others are refused where they differ from the
+            defaults: torch has settings of its own.
 
     Raises:
         RuntimeUnavailableError: CUDA was asked for and is not there.
-        SessionError: ``cuda`` asks for something.
+        SessionError: ``cuda`` asks for something else.
     """
+
+    takes: tuple[str, ...] = ()
+    """Names of the fields of `CudaOptions` that the engine follows."""
 
     def __init__(
         self,
@@ -45,7 +49,7 @@ class TorchEngine:
         cuda: CudaOptions | None = None,
     ) -> None:
         kind, index = parse_device(device)
-        cuda_options(cuda, device, artifact.target, takes=())
+        self._cuda = cuda_options(cuda, device, artifact.target, self.takes)
         count = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
         if kind == "cuda" and index >= count:
             found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
@@ -65,12 +69,16 @@ class TorchEngine:
     @property
     def facts(self) -> dict[str, Any]:
         """Hashes of the graphs, torch's thread count and, on CUDA, what may round to TF32."""
-        facts = {"graphs": dict(self._artifact.digests), "threads": torch.get_num_threads()}
+        facts: dict[str, Any] = {
+            "graphs": dict(self._artifact.digests),
+            "threads": torch.get_num_threads(),
+        }
         if self._device.type == "cuda":
             facts["tf32"] = {
                 "matmul": torch.backends.cuda.matmul.allow_tf32,
                 "cudnn": torch.backends.cudnn.allow_tf32,
             }
+            facts["cuda"] = self._cuda.to_dict()
         return facts
 
     def to_numpy(self, value: Any) -> NDArray[Any]:

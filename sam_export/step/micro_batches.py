@@ -161,6 +161,7 @@ def perturbed_passes(
             unclipped,
             at=at,
             stages=own,
+            keeps_ascended=True,
             **others,
         )
         buffers = part.buffers

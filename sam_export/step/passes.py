@@ -50,7 +50,7 @@ class Passes:
         buffers: New buffers by name.
         outputs: The model's output at ``w``, detached.
         perturbed_grad_norm: Global L2 norm of ``g_adv`` before clipping; None without clipping.
-        ascended: ``g`` by parameter name, as its norm is taken.
+        ascended: ``g`` by parameter name, as its norm is taken, where it was asked for.
         memory: What the variant keeps, after this step.
     """
 
@@ -121,6 +121,7 @@ def two_passes(
     memory: Memory = _NOTHING,
     started: Tensor | None = None,
     scaler: Scaler | None = None,
+    keeps_ascended: bool = False,
 ) -> Passes:
     """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
 
@@ -155,6 +156,7 @@ def two_passes(
         memory: What ``kind.variant`` keeps.
         started: 0 before the first step, where the variant asks for it.
         scaler: ``g = gradient(loss * scale) * (1 / scale)`` in each pass; None: the gradient.
+        keeps_ascended: Whether the result has ``g``, too, which the second pass then has to keep.
 
     Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
     """
@@ -172,7 +174,7 @@ def two_passes(
     if kind.ascent_steps > 1:
         rho = [value / kind.ascent_steps for value in rho]
     move = functools.partial(_perturbed, groups=groups, rho=rho, semantics=semantics, kind=kind)
-    perturbed, perturbation_norm = move(parameters, directions, norms)
+    perturbed, eps, perturbation_norm = move(parameters, directions, norms)
     if semantics.running_stats == "both":
         descent_buffers = ascent_buffers
     else:
@@ -182,13 +184,18 @@ def two_passes(
         _, further, _ = mean_gradient(objectives, perturbed, descent_buffers, names, scaler)
         at("perturb")
         further = _with_decay(further, perturbed, groups, semantics)
-        perturbed, _ = move(perturbed, further, _norms(list(further.values())))
+        perturbed, more, _ = move(perturbed, further, _norms(list(further.values())))
+        eps = {name: value + more[name] for name, value in eps.items()}
     if kind.ascent_steps > 1:
-        perturbation_norm = global_norm([perturbed[name] - parameters[name] for name in gradients])
+        perturbation_norm = global_norm(list(eps.values()))
     if stages is not None:
         for name, direction in directions.items():
             stages[f"g.{name}"] = direction
             stages[f"eps.{name}"] = perturbed[name] - parameters[name]
+
+    del directions, eps  # eager needs their room
+    if not keeps_ascended and type(kind.variant).descended is Variant.descended:
+        gradients = {}
 
     at("descent")
     perturbed_loss, adversarial, _ = mean_gradient(
@@ -299,14 +306,14 @@ def _perturbed(
     rho: Sequence[float | Tensor],
     semantics: Semantics,
     kind: Kind,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """All parameters, those with a gradient moved by ``eps``, and the norm of ``eps``."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """All parameters, those with a gradient moved by ``eps``; ``eps``, and its norm."""
     radius = {name: value for g, value in zip(groups, rho, strict=True) for name in g.names}
     perturbed = dict(parameters)
     if kind.perturb is not None:
-        eps = kind.perturb(parameters, gradients, radius)
+        eps = dict(kind.perturb(parameters, gradients, radius))
         perturbed |= {name: parameters[name] + value for name, value in eps.items()}
-        return perturbed, global_norm(list(eps.values()))
+        return perturbed, eps, global_norm(list(eps.values()))
     length = torch.linalg.vector_norm(norms)
     if semantics.norm_over == "perturbed":
         length = torch.linalg.vector_norm(norms * _has_radius(radius, gradients).to(norms))
@@ -317,12 +324,12 @@ def _perturbed(
         for name in group.names
         if name in gradients
     }
-    for name, gradient in gradients.items():
-        perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
+    eps = {name: g * scale_of[name].to(g) for name, g in gradients.items()}
+    perturbed |= {name: parameters[name] + value for name, value in eps.items()}
     if len(scales) == 1:
-        return perturbed, scales[0] * length
+        return perturbed, eps, scales[0] * length
     chosen = torch.stack([scale_of[name] for name in gradients])
-    return perturbed, torch.linalg.vector_norm(norms * chosen.to(norms))
+    return perturbed, eps, torch.linalg.vector_norm(norms * chosen.to(norms))
 
 
 def _has_radius(radius: Mapping[str, float | Tensor], gradients: Mapping[str, Tensor]) -> Tensor:

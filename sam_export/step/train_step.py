@@ -13,6 +13,7 @@ from sam_export.artifact.loss_scaling import LossScaling
 from sam_export.artifact.result import StepResult
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
+from sam_export.step.average import EMA, check_ema, load_averages
 from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
@@ -64,6 +65,8 @@ class TrainStep(nn.Module):
         seed: The seed in use.
         step_count: Steps run so far, skipped ones included: the number of the next step. It is
             part of `state_dict`, like the seed.
+        averages: With ``ema``, the averages so far, by name, part of `state_dict`; `load_averages`
+            puts them into a model.
         loss_scale: With loss scaling, the scale of the next step, and
         growth_tracker: how many steps it has been right; both are part of `state_dict`.
 
@@ -83,6 +86,7 @@ class TrainStep(nn.Module):
         seed: int | None = None,
         autocast: torch.dtype | None = None,
         loss_scaling: LossScaling | None = None,
+        ema: EMA | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(optimizer, SAM):
@@ -110,9 +114,12 @@ class TrainStep(nn.Module):
         self.loss_scaling = loss_scaling
         self.loss_scale = float(loss_scaling.init_scale) if loss_scaling else None
         self.growth_tracker = 0
+        check_ema(ema)
+        self.ema = ema
         self._draws_nothing = False
         self._was_looked_at = False
-        self.group_names()  # refuse a wrong optimizer now rather than at the first step
+        trained = [name for names in self.group_names() for name in names]
+        self.averages = ema.first(model, trained) if ema else {}
         self.check_master_weights()
 
     def group_names(self) -> list[list[str]]:
@@ -335,11 +342,17 @@ class TrainStep(nn.Module):
             same=self.semantics.randomness == "same",
         )
 
+    def load_averages(self, model: nn.Module) -> None:
+        """Copies the averaged weights and buffers into a model like the step's, to evaluate it."""
+        load_averages(self.averages, model)
+
     def get_extra_state(self) -> dict[str, Any]:
-        """Seed, step number and scale of the loss, for `state_dict`."""
+        """Seed, step number, scale of the loss and averages, for `state_dict`."""
         state: dict[str, Any] = {"seed": self.seed, "step_count": self.step_count}
         if self.loss_scaling is not None:
             state |= {"loss_scale": self.loss_scale, "growth_tracker": self.growth_tracker}
+        if self.ema is not None:
+            state["averages"] = dict(self.averages)
         return state
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -351,6 +364,8 @@ class TrainStep(nn.Module):
         if self.loss_scaling is not None and "loss_scale" in state:
             self.loss_scale = float(state["loss_scale"])
             self.growth_tracker = int(state["growth_tracker"])
+        for name, value in state.get("averages", {}).items() if self.ema is not None else ():
+            self.averages[name] = value.detach().to(self.averages[name], copy=True)
 
     def _finish(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], passes: Passes
@@ -368,6 +383,8 @@ class TrainStep(nn.Module):
                 self.optimizer.memory[parameters[name]] = dict(own)
             for name, value in buffers.items():
                 value.copy_(passes.buffers[name])
+            if self.ema is not None:
+                self.averages = self.ema.after(self.averages, {**parameters, **buffers})
         elif self.semantics.on_nonfinite == "raise":
             raise StepConfigError(
                 f"The step is not finite (loss {float(passes.loss):g}, perturbed loss "

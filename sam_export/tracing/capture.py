@@ -13,6 +13,7 @@ from torch import Tensor
 from sam_export._compat import origins
 from sam_export.artifact import tree
 from sam_export.artifact.contract import (
+    AVERAGE,
     GROWTH_TRACKER,
     HYPER,
     NEXT,
@@ -41,7 +42,7 @@ from sam_export.step.mixed_precision import autocast_name, widened
 from sam_export.step.perturbation import name_of
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import BaseOptimizer, CapturedStep
-from sam_export.tracing.checks import refuse_mutation, refuse_wrong_flow
+from sam_export.tracing.checks import refuse_mutation, refuse_other_state, refuse_wrong_flow
 from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
 from sam_export.tracing.losses import TraceableLosses
 from sam_export.tracing.randomness import (
@@ -161,10 +162,17 @@ class _Capture:
             )
             for name, value, marks in zip(self.layout.names, self.values, self.dims, strict=True)
         )
-        model_state = [spec for spec in self.state.specs if spec.role not in ("slot", "memory")]
+        now = [s for s in self.state.specs if s.role not in ("slot", "memory", "average")]
+        averaged = {AVERAGE + name for name in self.step.averages}
+        rest = {spec.name for spec in now if AVERAGE + spec.name not in averaged}
+        average = [spec for spec in self.state.specs if spec.name in averaged | rest]
+        inputs = len(self.layout.inputs)
         with eval_mode(self.step.model):
-            self._trace("evaluate", model_state, (), self._evaluate, len(self.layout.inputs))
-            self._trace("evaluate_loss", model_state, (), self._evaluate_loss, len(batch))
+            if averaged:
+                self._trace("evaluate_loss_average", average, (), self._evaluate_loss, len(batch))
+                self._trace("evaluate_average", average, (), self._evaluate, inputs)
+            self._trace("evaluate", now, (), self._evaluate, inputs)
+            self._trace("evaluate_loss", now, (), self._evaluate_loss, len(batch))
         periodic = self.step.optimizer.every > 1
         names = ("base_step", "step") if periodic else ("step",)
         for name in names:
@@ -176,12 +184,9 @@ class _Capture:
             hyper=self.hyper,
             batch=batch,
             batch_kind=self.layout.kind,
-            dims={
-                name: least * self.multiples.get(name, 1)
-                for name, least in smallest_sizes(
-                    self.step, self.layout, self.state, self.values, self.dims
-                ).items()
-            },
+            dims=smallest_sizes(
+                self.step, self.layout, self.state, self.values, self.dims, self.multiples
+            ),
             multiples=self.multiples,
             programs=tuple(reversed(self.specs)),
             output_tree=self.output_tree,
@@ -192,12 +197,13 @@ class _Capture:
             variant=self.step.optimizer.variant.name,
             every=self.step.optimizer.every,
             ascent_steps=self.step.optimizer.ascent_steps,
+            ema=None if self.step.ema is None else repr(self.step.ema),
             autocast=autocast_name(self.step.autocast),
             loss_scaling=self.step.loss_scaling,
         )
         program = contract.program("step")
-        produced = [spec.name for spec in program.outputs]
-        refuse_wrong_flow(graph.graph, program.inputs, produced, contract, self.step.semantics)
+        named = [spec.name for spec in program.outputs]
+        refuse_wrong_flow(graph.graph, program.inputs, named, contract, self.step.semantics)
         return CapturedStep(
             contract=contract,
             semantics=self.step.semantics,
@@ -219,11 +225,9 @@ class _Capture:
     def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
         with self._draws_of_evaluation(given), self.step.autocasting():
             inputs = [given[name] for name in self.layout.inputs]
+            model = self.step.model
             outputs = call_with(
-                self.step.model,
-                self._model_state(given),
-                lambda: self.layout.call(self.step.model, inputs),
-                refuse_replaced=False,
+                model, self._model_state(given), lambda: self.layout.call(model, inputs), False
             )
         if self.step.autocast is not None:
             outputs = widened(outputs)
@@ -232,7 +236,7 @@ class _Capture:
 
     def _evaluate_loss(self, given: Mapping[str, Tensor]) -> list[Produced]:
         objective = self.step.objective(self.layout, [given[name] for name in self.layout.names])
-        parameters, buffers = self.state.split(given)
+        parameters, buffers = self.state.split(self._without_averages(given))
         with torch.enable_grad():  # the objective checks that the loss depends on a parameter
             leaves = {name: value.detach() for name, value in parameters.items()}
             for name in self.state.trained:
@@ -285,6 +289,9 @@ class _Capture:
                 for name, own in passes.memory.items()
                 for key, value in own.items()
             }
+            if self.step.ema is not None:
+                averages = self.step.ema.after(self.state.averages(given), after)
+                after |= {AVERAGE + name: value for name, value in averages.items()}
             if STARTED in given:
                 after[STARTED] = given[STARTED].clamp(min=1)  # a reader: it is written last
             if scaler is not None:
@@ -299,8 +306,13 @@ class _Capture:
 
         return function
 
+    @staticmethod
+    def _without_averages(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a program that evaluates the average: that as the model's own state."""
+        return {name.removeprefix(AVERAGE): value for name, value in given.items()}
+
     def _model_state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parameters, buffers = self.state.split(given)
+        parameters, buffers = self.state.split(self._without_averages(given))
         return {**parameters, **{name: value.clone() for name, value in buffers.items()}}
 
     def _scaler(self, given: Mapping[str, Tensor]) -> Scaler | None:
@@ -373,21 +385,10 @@ class _Capture:
         feeds = {
             spec.name: spec.name[len(NEXT) :] for spec in outputs if spec.name.startswith(NEXT)
         }
-        self._check_feeds(outputs, feeds)
+        refuse_other_state(self.state.specs, outputs, feeds)
         self.programs[name] = program
         self.specs.append(ProgramSpec(name, tuple(names), tuple(outputs), feeds))
         return graph_module
-
-    def _check_feeds(self, outputs: Sequence[TensorSpec], feeds: Mapping[str, str]) -> None:
-        state = {spec.name: spec for spec in self.state.specs}
-        for spec in outputs:
-            if spec.name in feeds:
-                before = state[feeds[spec.name]]
-                if (before.dtype, before.shape) != (spec.dtype, spec.shape):
-                    raise CaptureError(
-                        f"One step turns state {before.name!r} from {before.description} into "
-                        f"{spec.description}; the next step could not take it."
-                    )
 
 
 def _shape(tensor: Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from sam_export._compat.origins import stage_of
-from sam_export.artifact.contract import StepContract
+from sam_export.artifact.contract import StepContract, TensorSpec
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import CaptureError
 
@@ -73,8 +73,10 @@ def refuse_wrong_flow(
         if not depends[name] & sources:
             raise CaptureError(f"Output {name!r} of the captured step does not depend on {what}.")
 
-    # Each part's first pass waits for the second pass of the part before.
-    if not semantics.perturbs_each_part and depends["loss"] & (bit["hyper.rho"] | bit["hyper.lr"]):
+    # Where a batch's parts have perturbations of their own, each part begins after the second pass
+    # of the last one: it waits for its gradients, and may begin with the statistics that it left.
+    follows = semantics.perturbs_each_part
+    if depends["loss"] & bit["hyper.lr"] or (depends["loss"] & bit["hyper.rho"] and not follows):
         raise CaptureError("The loss of the captured step depends on a hyper-parameter.")
     need("loss", batch, "the batch")
     need("perturbed_loss", bit["hyper.rho"], "rho")
@@ -85,3 +87,22 @@ def refuse_wrong_flow(
         if depends[new] & (first_pass | bit["hyper.rho"]):
             need(new, bit["hyper.rho"], "rho: the second pass is missing")
             need(new, batch, "the batch")
+
+
+def refuse_other_state(
+    specs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], feeds: Mapping[str, str]
+) -> None:
+    """New state has the dtype and the shape of the old.
+
+    Raises:
+        CaptureError: It has others.
+    """
+    state = {spec.name: spec for spec in specs}
+    for spec in outputs:
+        if spec.name in feeds:
+            before = state[feeds[spec.name]]
+            if (before.dtype, before.shape) != (spec.dtype, spec.shape):
+                raise CaptureError(
+                    f"One step turns state {before.name!r} from {before.description} into "
+                    f"{spec.description}; the next step could not take it."
+                )

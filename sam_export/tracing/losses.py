@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
+from sam_export.step.mixed_precision import NARROW
 from sam_export.tracing.ctc import ctc_losses
 
 
@@ -34,6 +35,13 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _cast_as_by_autocast(value: Tensor) -> Tensor:
+    """In float32 under autocast, which casts these losses' inputs up in eager."""
+    if torch.is_autocast_enabled(value.device.type) and value.dtype in NARROW:
+        return value.float()
+    return value
 
 
 def gaussian_nll_loss(
@@ -84,6 +92,7 @@ def multilabel_margin_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
+    input = _cast_as_by_autocast(input)
     rows, labels = torch.atleast_2d(input), torch.atleast_2d(target)
     counts = (labels < 0).to(torch.int64).cumsum(1) == 0
     labels = labels.clamp_min(0)
@@ -108,6 +117,7 @@ def ctc_loss(
 
     Source: `torch.nn.functional.ctc_loss`
     """
+    log_probs = _cast_as_by_autocast(log_probs)
     single = log_probs.dim() == 2
     lengths = target_lengths
     if single:

@@ -39,7 +39,7 @@ class LoopedRecurrence(TorchFunctionMode):
     dropout (``num_layers < i - 1`` in ``torch/_decomp/decompositions.py``, torch 2.13).
 
     Raises:
-        CaptureError: A packed sequence with dropout between layers.
+        CaptureError: A packed sequence with dropout between layers; a loop under autocast.
     """
 
     def loops(self, tokens: Any) -> bool:
@@ -70,6 +70,12 @@ class LoopedRecurrence(TorchFunctionMode):
         )
         if not loops and not (layers > 1 and p and training):
             return func(*args)
+        if loops and torch.is_autocast_enabled(x.device.type):
+            raise CaptureError(
+                f"The {name} runs over a symbolic number of tokens, as a loop that autocast does "
+                'not reach into. Capture with a fixed number (dynamic="batch"), or without '
+                "autocast."
+            )
         x = x.transpose(0, 1) if batch_first else x
         if not loops:
             y, *last = stack.layer_by_layer(func, x, hx)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from sam_export.errors import StepConfigError
 from sam_export.step.batch import BatchLayout
 from sam_export.step.micro_batches import is_divided, split
 from sam_export.step.train_step import TrainStep
-from sam_export.tracing.state import StateLayout, accepts
+from sam_export.tracing.state import StateLayout
 
 
 def multiples_of(
@@ -55,10 +56,11 @@ def smallest_sizes(
     state: StateLayout,
     values: Sequence[Tensor],
     dims: Sequence[Mapping[int, str]],
+    multiples: Mapping[str, int],
 ) -> dict[str, int]:
     """The smallest size that each symbol may take: 2 where the model refuses 1 (BatchNorm).
 
-    Of a size that is divided into parts it is that of one part.
+    A size that is divided into parts has that for each part.
     """
     smallest = {}
     for symbol in sorted({symbol for marks in dims for symbol in marks.values()}):
@@ -67,5 +69,23 @@ def smallest_sizes(
             for value, marks in zip(values, dims, strict=True)
             for d in [next((d for d, name in marks.items() if name == symbol), 0)]
         ]
-        smallest[symbol] = 1 if accepts(step, layout, state, fewest) else 2
+        least = 1 if _accepts(step, layout, state, fewest) else 2
+        smallest[symbol] = least * multiples.get(symbol, 1)
     return smallest
+
+
+def _accepts(
+    step: TrainStep, layout: BatchLayout, state: StateLayout, values: Sequence[Tensor]
+) -> bool:
+    """Whether a forward pass in training mode takes a batch of these shapes (on fake tensors)."""
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
+        fakes = {name: mode.from_tensor(value) for name, value in state.values.items()}
+        parameters, buffers = state.split(fakes)
+        for name in state.trained:
+            parameters[name].requires_grad_()
+        batch = [mode.from_tensor(value.contiguous()) for value in values]
+        try:
+            step.objective(layout, batch)(parameters, buffers, lambda loss, _: loss)
+        except (ValueError, RuntimeError):
+            return False
+    return True

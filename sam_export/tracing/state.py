@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_export.artifact.contract import (
+    AVERAGE,
     GROWTH_TRACKER,
     SCALE,
     SEED,
@@ -90,6 +91,11 @@ class StateLayout:
                 slots.setdefault(spec.parameter, {})[spec.slot] = given[spec.name]
         return slots
 
+    def averages(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Averages out of all state, by the name of what is averaged."""
+        names = [spec.name for spec in self.specs if spec.role == "average"]
+        return {name.removeprefix(AVERAGE): given[name] for name in names}
+
     def flat(self, slots: Slots) -> dict[str, Tensor]:
         """The inverse of `slots`.
 
@@ -122,9 +128,9 @@ def memory_name(parameter: str, key: str) -> str:
 
 def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> StateLayout:
     """The state of ``step``: every parameter and buffer of the model, every slot of the optimizer,
-    what the SAM variant keeps, where the first update is a special one, whether that was, the scale
-    of the loss, where random numbers come from Philox, the seed, and there and in periodic SAM the
-    step number.
+    what the SAM variant keeps, averages, where the first update is a special one, whether that was,
+    the scale of the loss, where random numbers come from Philox, the seed, and there and in
+    periodic SAM the step number.
 
     Raises:
         StepConfigError: The loss uses no trained parameter, or the optimizer's slots cannot be
@@ -189,6 +195,9 @@ def state_layout(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor])
             memory, dtype = memory_name(name, key), dtype_name(name, value)
             spec = TensorSpec(memory, "memory", dtype, tuple(value.shape), parameter=name, slot=key)
             add(spec, value)
+    for name, value in step.averages.items():
+        average = AVERAGE + name
+        add(TensorSpec(average, "average", dtype_name(average, value), tuple(value.shape)), value)
     if start.is_special or step.optimizer.variant.starts:
         has_started = not start.is_special and bool(step.optimizer.memory)
         add(TensorSpec(STARTED, "counter", "int64", ()), torch.tensor(int(has_started)))
@@ -230,20 +239,3 @@ def _used(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> set
         except Exception as error:
             raise explained(error) from error
     return {name for name, g in zip(names, gradients, strict=True) if g is not None}
-
-
-def accepts(
-    step: TrainStep, layout: BatchLayout, state: StateLayout, values: Sequence[Tensor]
-) -> bool:
-    """Whether a forward pass in training mode takes a batch of these shapes (on fake tensors)."""
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-        fakes = {name: mode.from_tensor(value) for name, value in state.values.items()}
-        parameters, buffers = state.split(fakes)
-        for name in state.trained:
-            parameters[name].requires_grad_()
-        batch = [mode.from_tensor(value.contiguous()) for value in values]
-        try:
-            step.objective(layout, batch)(parameters, buffers, lambda loss, _: loss)
-        except (ValueError, RuntimeError):
-            return False
-    return True

@@ -28,6 +28,12 @@ def recipe(hidden=8, optimizer="SGD", batches=3):
     return step, data
 
 
+def averaged():
+    step, data = recipe()
+    sam = sx.SAM(step.model.parameters(), torch.optim.SGD, lr=0.1, every=3, variant=sx.LookSAM())
+    return sx.TrainStep(step.model, torch.nn.CrossEntropyLoss(), sam, ema=sx.EMA(0.9)), data
+
+
 def no_batches():
     return recipe()[0], []
 

@@ -184,6 +184,8 @@ def test_the_cache_is_used(workplace: Workplace, tmp_path: Path) -> None:
         (["--reference", "nowhere.py:loop"], "nowhere.py does not exist"),
         (["--targets", "onyx"], "expected names out of"),
         (["--self-test"], "--self-test has models of its own"),
+        (["--tf32", "--memory-limit", "2G"], "--memory-limit 2G --tf32 with --device cpu"),
+        (["--device", "cuda", "--memory-limit", "2X"], "--memory-limit 2X: expected a whole"),
     ],
 )
 def test_other_requests_are_refused(
@@ -191,6 +193,33 @@ def test_other_requests_are_refused(
 ) -> None:
     assert main(["parity", f"{workplace.recipe}:recipe", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_for_cuda_reach_the_check(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sam_export
+
+    class Stopped(Exception):
+        pass
+
+    asked: dict[str, Any] = {}
+
+    def check_parity(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise Stopped
+
+    monkeypatch.setattr(sam_export, "check_parity", check_parity, raising=False)
+    flags = ["--device", "cuda:1", "--tf32", "--cuda-graph", "--allow-cpu-nodes"]
+    argv = ["parity", f"{workplace.recipe}:recipe", "--targets", "onnx", *flags]
+    assert main([*argv, "--memory-limit", "1G"]) == 2
+    assert asked["device"] == "cuda:1"
+    assert asked["cuda"] == sam_export.CudaOptions(1 << 30, True, True, True)
+    assert main([*argv[:-4], "cuda"]) == 2
+    assert asked["cuda"] is None
+    capsys.readouterr()
+    assert main(["parity", "--self-test", "--targets", "onnx", *flags]) == 2
+    assert "not --tf32 --cuda-graph --allow-cpu-nodes" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_not_a_verdict(
@@ -248,6 +277,16 @@ def test_locate_goes_to_the_failed_targets(
     assert reproduced(str(out / "onnx"))[0] == 1
     assert main([*argv, "--locate", str(out)]) == 2
     assert "there already" in capsys.readouterr().err
+
+
+def test_locate_says_at_once_that_it_searches_on_the_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["parity", "absent.py:recipe", "--targets", "onnx", "--device", "cuda"]
+    assert main([*argv, "--locate", str(tmp_path / "found")]) == 2
+    text = capsys.readouterr().err
+    assert "--locate searches on the CPU" in text
+    assert "absent.py" not in text  # no recipe was run before
 
 
 def test_locate_searches_the_artifact_that_was_given(

@@ -212,7 +212,12 @@ def test_resume_from_a_checkpoint_of_a_script(
 def test_files_of_an_earlier_run_are_not_lost(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"--checkpoint": "run.ckpt", "--log": "log.jsonl", "--save-state": "end.safetensors"}
+    files = {
+        "--checkpoint": "run.ckpt",
+        "--log": "log.jsonl",
+        "--save-state": "end.safetensors",
+        "--export-model": "model.onnx",
+    }
     for option, file in files.items():
         Path(file).write_text("precious")
         assert train(option, file) == 2
@@ -220,6 +225,32 @@ def test_files_of_an_earlier_run_are_not_lost(
         assert Path(file).read_text() == "precious"
         assert train(option, file, "--overwrite") == 0
         assert Path(file).read_bytes() != b"precious"
+
+
+def test_the_trained_model_alone(
+    train: Train, workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    assert train("--export-model", "model.pt") == 2
+    text = capsys.readouterr()
+    assert "writes a model as a .onnx file" in text.err
+    assert "epoch" not in text.out  # said before the time is spent
+    argv = ["--batch-size", "16", "--export-model", "out/model.onnx", "--checkpoint", "run.ckpt"]
+    assert train(*argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "written: run.ckpt, out/model.onnx"
+    served = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+    session = sam_export.load(workplace.artifact)
+    session.restore("run.ckpt")
+    with np.load(workplace.test) as file:
+        x = file["input"]
+    (found,) = served.run(None, {"input": x})
+    expected = session.evaluate(x)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=16 * 2.0**-23 * abs(expected).max())
+    # Nothing is left to train, and the model is written all the same.
+    assert train("--resume", "run.ckpt", "--export-model", "again.onnx") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "written: again.onnx"
+    assert Path("again.onnx").read_bytes() == Path("out/model.onnx").read_bytes()
 
 
 def test_steps_that_are_not_finite_are_counted(

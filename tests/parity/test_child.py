@@ -150,3 +150,9 @@ def test_torch_draws_from_the_parents_seed(tmp_path: Path) -> None:
         step, batches_for("mlp", "float32"), targets=["torchscript"], num_steps=3
     )
     assert report.ok, str(report)
+
+
+def test_options_for_cuda_reach_the_child(folder: Path) -> None:
+    given = sx.CudaOptions(memory_limit=1 << 20, tf32=True)
+    with pytest.raises(SessionError, match=r"memory_limit=1048576, tf32=True.*device='cpu'"):
+        ChildSession(folder, "cpu", 1, False, cuda=given)

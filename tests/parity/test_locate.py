@@ -308,6 +308,15 @@ def test_what_cannot_be_looked_for_is_said(tmp_path: Path) -> None:
         locate(captured, "onnx", batch, artifact=tmp_path / "other")
 
 
+@pytest.mark.parametrize("target", ["onnx", "onnx-training"])
+def test_an_artifact_for_cuda_is_not_searched_on_the_cpu(tmp_path: Path, target: str) -> None:
+    """Its kernels are others: that nothing differs here would say nothing about it."""
+    captured, batch = made(torch.optim.SGD)
+    artifact = sx.export(captured, tmp_path / "cuda", target=target, device="cuda")
+    with pytest.raises(ParityError, match="made for 'cuda'"):
+        locate(captured, target, batch, artifact=artifact)
+
+
 def test_a_location_is_json(tmp_path: Path) -> None:
     import json
 

@@ -66,6 +66,8 @@ FACTORS: dict[str, list[Any]] = {
     "perturbation": list(PERTURBATIONS),
     "variant": list(VARIANTS),
     "every": [1, 3],
+    "ema": [False, True],
+    "parts": ["whole", "batch", "micro_batch"],
     "ascent_steps": [1, 2],
     "clipping": list(CLIPPING),
     "dtype": ["float32", "float64"],
@@ -91,6 +93,13 @@ IMPOSSIBLE: list[tuple[tuple[str, str], Callable[[Any, Any], bool]]] = [
     # It has one training model.
     (("every", "target"), lambda every, target: every > 1 and target == "ort-artifacts"),
     (("variant", "target"), lambda *two: two == ("LookSAM", "ort-artifacts")),
+    # It evaluates the weights that it trains.
+    (("ema", "target"), lambda ema, target: ema and target == "ort-artifacts"),
+    # A variant with a memory has one direction to remember, not one for each part.
+    (
+        ("variant", "parts"),
+        lambda variant, parts: variant in ("FriendlySAM", "LookSAM") and parts == "micro_batch",
+    ),
     # What LookSAM does otherwise is between the steps of SAM; Friendly SAM has one direction.
     (("variant", "every"), lambda variant, every: variant == "LookSAM" and every == 1),
     (("variant", "ascent_steps"), lambda variant, n: variant == "FriendlySAM" and n > 1),
@@ -158,9 +167,18 @@ def step_of(cell: Any) -> sx.TrainStep:
         randomness=cell.randomness,
         decay_in_ascent=cell.decay_in_ascent,
         on_nonfinite=cell.on_nonfinite,
+        micro_batches=1 if cell.parts == "whole" else 2,
+        perturbation_per="micro_batch" if cell.parts == "micro_batch" else "batch",
         **CLIPPING[cell.clipping],
     )
-    return sx.TrainStep(own, nn.CrossEntropyLoss(), sam, semantics=semantics, seed=3)
+    return sx.TrainStep(
+        own,
+        nn.CrossEntropyLoss(),
+        sam,
+        semantics=semantics,
+        seed=3,
+        ema=sx.EMA(0.8) if cell.ema else None,
+    )
 
 
 def check(cell: Any) -> None:
@@ -171,7 +189,7 @@ def check(cell: Any) -> None:
             torch.randn(size, 12, generator=generator, dtype=torch.float64).to(dtype),
             torch.randint(0, 3, (size,), generator=generator),
         )
-        for size in (7, 7, 5)
+        for size in (8, 8, 6)
     ]
     dynamic = ["weight_decay"] if cell.dynamic else []
     session = sx.load(sx.capture(step, batches[0], dynamic_hyper=dynamic), target=cell.target)

@@ -24,7 +24,7 @@ BUILT_FROM = ("sam_export", "pyproject.toml", "README.md", "LICENSE")
 STEPS = 5
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 TRAIN = """
 import importlib.util
@@ -46,6 +46,7 @@ assert bool(result.finite)
 session.save(Path(out) / "run.ckpt")
 session.restore(Path(out) / "run.ckpt")
 write_state(Path(out) / "state.safetensors", session.state)
+session.export_model(Path(out) / "model.onnx")
 assert not {"torch", "onnx"} & set(sys.modules)
 try:
     sam_export.capture
@@ -152,6 +153,17 @@ def test_same_weights_bit_for_bit(bare_python: Path, trained: Trained, tmp_path:
     for name, value in trained.state.items():
         assert state[name].dtype == value.dtype, name
         assert state[name].tobytes() == value.tobytes(), name
+    served = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    x = np.random.default_rng(2).standard_normal((3, 6)).astype(np.float32)
+    names = ("0.weight", "0.bias", "2.weight", "2.bias")
+    w1, b1, w2, b2 = (state[name].astype(np.float64) for name in names)
+    expected = np.tanh(x @ w1.T + b1) @ w2.T + b2
+    (found,) = served.run(None, {served.get_inputs()[0].name: x})
+    # Sums of 6 and of 16 terms, each rounded.
+    bound = 22 * 2.0**-23 * float(np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
 
 
 def test_command_line(bare_python: Path, trained: Trained, tmp_path: Path) -> None:

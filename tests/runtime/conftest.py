@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sam_export.artifact import state_file
 from sam_export.runtime.detect import TARGETS, target_status
 from tests.runtime.ort_stock import exported, made
 
@@ -36,3 +38,22 @@ def _target_can_run(request: pytest.FixtureRequest) -> None:
     missing = target_status(target).run if target in TARGETS else ()
     if missing:
         pytest.skip(f"{target} needs {missing[0].what}")
+
+
+@pytest.fixture(params=["sync", "replace"])
+def failing_disk(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], None]:
+    """Breaks the disk when called: where a file is synced, or where it gets its name."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def break_it() -> None:
+        if request.param == "sync":
+            for name in ("model_onnx", "model_torchscript", "model_exported"):
+                monkeypatch.setattr(f"sam_export.runtime.{name}.sync", fail)
+        else:
+            monkeypatch.setattr(state_file.os, "replace", fail)
+
+    return break_it

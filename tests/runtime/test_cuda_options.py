@@ -82,14 +82,27 @@ def test_load_takes_the_options(for_cuda: Path) -> None:
         sx.load(for_cuda, device="cuda", cuda=CudaOptions(tf32=True))
 
 
-@pytest.mark.parametrize("target", ["torchscript", "torch-compile"])
-def test_torch_targets_take_none(captured: Any, target: str) -> None:
-    with pytest.raises(sx.SessionError, match=r"CudaOptions\(cuda_graph\)"):
-        sx.load(captured, target=target, device="cuda", cuda=CudaOptions(cuda_graph=True))
+@pytest.mark.parametrize(
+    ("target", "given", "refused"),
+    [
+        ("torchscript", CudaOptions(cuda_graph=True), r"\(cuda_graph\); it takes none of these"),
+        (
+            "torch-compile",
+            CudaOptions(tf32=True, cuda_graph=True),
+            r"\(tf32\); it takes cuda_graph",
+        ),
+    ],
+)
+def test_torch_targets_take_few(
+    captured: Any, target: str, given: CudaOptions, refused: str
+) -> None:
+    with pytest.raises(sx.SessionError, match=f"CudaOptions{refused}"):
+        sx.load(captured, target=target, device="cuda", cuda=given)
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
+    taken = CudaOptions(cuda_graph=target == "torch-compile")
     with pytest.raises(sx.RuntimeUnavailableError, match="finds no CUDA device"):
-        sx.load(captured, target=target, device="cuda:1")
+        sx.load(captured, target=target, device="cuda:1", cuda=taken)
     with pytest.raises(sx.RuntimeUnavailableError, match="Unknown device 'gpu'"):
         sx.load(captured, target=target, device="gpu")
 

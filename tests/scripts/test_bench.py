@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.bench import Child, ChildFailed, check_same_work, write_batches
+from scripts.bench import Child, ChildFailed, check_same_work, export_artifact, write_batches
 from scripts.bench_cases import CASES, DEFAULT_CASES
 from scripts.bench_contestants import CONTESTANTS, REFERENCE, base_loop, sam_loop
 from scripts.bench_draws import PAIRS
@@ -40,6 +40,15 @@ def test_a_round_counts_by_its_share_of_the_machine(
     cpu_s: float, threads: int, counts: bool
 ) -> None:
     assert Round(5, 1.0, cpu_s).counts(threads) is counts
+
+
+def test_a_periodic_contestant_runs_a_periodic_step(tmp_path: Path) -> None:
+    import sam_export as sx
+
+    contestant = CONTESTANTS["torchscript-every-10"]
+    assert contestant.target is not None
+    path, _ = export_artifact(CASES["mlp"], contestant.target, tmp_path, "cpu", contestant.every)
+    assert sx.load(path).contract.every == 10
 
 
 def test_medians_are_taken_over_the_counted_rounds_only() -> None:

@@ -272,3 +272,21 @@ def test_the_record_of_a_gpu_says_so() -> None:
     for words in ("time by CUDA events", "torch's allocator", absent):
         assert words in text
     assert "| mlp | onnx | not run | no onnxruntime-gpu |" in text
+
+
+def test_recorded_steps_are_compared_as_targets_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sam_export
+
+    asked = []
+
+    def check_parity(*_: object, **options: object) -> None:
+        asked.append(options["cuda"])
+        raise sam_export.ParityError("no")
+
+    monkeypatch.setattr(sam_export, "check_parity", check_parity, raising=False)
+    for recorded, name in ((False, "onnx"), (True, "onnx, CUDA graph")):
+        (row,) = gpu_check.check_case(CASES["mlp"], ["onnx"], 1, "cpu", recorded)
+        assert (row.target, row.ok) == (name, False)
+    assert asked == [None, sam_export.CudaOptions(cuda_graph=True)]

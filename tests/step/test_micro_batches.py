@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sam_export as sx
 from sam_export._compat import torchscript
 from sam_export.errors import SessionError, StepConfigError
-from sam_export.step.micro_batches import split
+from sam_export.step.micro_batches import split, waiting
 from tests.tracing.test_capture import Runner, worst_change
 
 RHO = 0.2
@@ -366,3 +366,65 @@ def test_the_choice_is_in_the_manifest(tmp_path: Path) -> None:
     assert artifact.semantics.micro_batches == PARTS
     assert artifact.semantics.perturbation_per == "micro_batch"
     assert artifact.contract.multiples == {"batch": PARTS}
+
+
+def test_parts_may_follow_the_statistics_of_the_last_one() -> None:
+    """BatchNorm reads running statistics that the second pass of the last part has changed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    semantics = sx.Semantics(running_stats="both", micro_batches=2, perturbation_per="micro_batch")
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam, semantics=semantics)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
+    session = sx.load(sx.capture(step, (x, y)), target="torchscript")
+    session.step(x, y)
+    step(x, y)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(session.state[name]), value, rtol=0, atol=1e-13)
+
+
+def test_onnx_runtime_is_given_as_many_random_numbers_as_a_part_has() -> None:
+    """Half a batch of rows of seven: the session knows the size of the batch alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Dropout(0.4), nn.Linear(7, 3)).double()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    semantics = sx.Semantics(micro_batches=2, perturbation_per="micro_batch")
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam, semantics=semantics, seed=5)
+    x, y = torch.randn(10, 6, dtype=torch.float64), torch.randint(0, 3, (10,))
+    session = sx.load(sx.capture(step, (x, y)), target="onnx")
+    for size in (10, 6):
+        session.step(x[:size], y[:size])
+        step(x[:size], y[:size])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(session.state[name]), value, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, float("nan"), float("inf"), -float("inf")])
+def test_waiting_for_any_number_changes_nothing(value: float) -> None:
+    """Also of integers, and where a gradient is not finite."""
+    for whole in (torch.randn(6, 2), torch.arange(6)):
+        parts = whole.unflatten(0, (3, 2)).unbind()
+        for number, part in enumerate(parts):
+            before = [torch.full((2, 2), value), torch.zeros((), dtype=torch.float64)]
+            assert torch.equal(waiting(whole, part, number, before), part)
+
+
+@pytest.mark.parametrize("per", ["batch", "micro_batch"])
+def test_in_a_graph_each_part_waits_for_the_gradients_of_the_part_before(per: str) -> None:
+    """Or a runtime holds the activations of all parts: ONNX Runtime runs all first passes first."""
+    captured = sx.capture(made(micro_batches=PARTS, perturbation_per=per), data(1)[0])
+    graph = captured.programs["step"].graph
+    reached: dict[Any, set[Any]] = {}
+    for node in graph.nodes:
+        reached[node] = {node}.union(*(reached[source] for source in node.all_input_nodes))
+    backward = [n for n in graph.nodes if n.target is torch.ops.aten.tanh_backward.default]
+    inputs = [
+        n for n in graph.nodes
+        if n.target is torch.ops.aten.index_select.default and n.meta["val"].is_floating_point()
+    ]  # fmt: skip
+    waits = sorted(sum(b in reached[n] for b in backward) for n in inputs)
+    assert len(backward) == 2 * PARTS
+    if per == "batch":
+        assert waits == [1, 2, 4, 5]
+    else:  # both passes of a part wait for both passes of the parts before
+        assert set(waits) == {2, 4}
