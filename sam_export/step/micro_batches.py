@@ -161,7 +161,6 @@ def perturbed_passes(
             unclipped,
             at=at,
             stages=own,
-            keeps_ascended=True,
             **others,
         )
         buffers = part.buffers

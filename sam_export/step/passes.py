@@ -50,7 +50,7 @@ class Passes:
         buffers: New buffers by name.
         outputs: The model's output at ``w``, detached.
         perturbed_grad_norm: Global L2 norm of ``g_adv`` before clipping; None without clipping.
-        ascended: ``g`` by parameter name, as its norm is taken, where it was asked for.
+        ascended: ``g`` by parameter name, of a part of the batch with a perturbation of its own.
         memory: What the variant keeps, after this step.
     """
 
@@ -121,7 +121,6 @@ def two_passes(
     memory: Memory = _NOTHING,
     started: Tensor | None = None,
     scaler: Scaler | None = None,
-    keeps_ascended: bool = False,
 ) -> Passes:
     """Gradient at ``w``, perturbation, gradient at ``w + eps_w``; changes none of its arguments.
 
@@ -156,7 +155,6 @@ def two_passes(
         memory: What ``kind.variant`` keeps.
         started: 0 before the first step, where the variant asks for it.
         scaler: ``g = gradient(loss * scale) * (1 / scale)`` in each pass; None: the gradient.
-        keeps_ascended: Whether the result has ``g``, too, which the second pass then has to keep.
 
     Source: Foret et al., 2021, https://arxiv.org/abs/2010.01412, eq. 2 and 3.
     """
@@ -194,7 +192,8 @@ def two_passes(
             stages[f"eps.{name}"] = perturbed[name] - parameters[name]
 
     del directions, eps  # eager needs their room
-    if not keeps_ascended and type(kind.variant).descended is Variant.descended:
+    plain = type(kind.variant).descended is Variant.descended
+    if plain and not semantics.perturbs_each_part:
         gradients = {}
 
     at("descent")
