@@ -90,7 +90,10 @@ def _print_overview(artifact: Artifact) -> None:
         for spec in contract.hyper
     )
     groups = " + ".join(str(len(group)) for group in contract.groups)
-    dims = ", ".join(f"{name} >= {least}" for name, least in contract.dims.items())
+    multiples = {name: f", a multiple of {n}" for name, n in contract.multiples.items()}
+    dims = ", ".join(
+        f"{name} >= {least}{multiples.get(name, '')}" for name, least in contract.dims.items()
+    )
     semantics = ", ".join(f"{k} {v}" for k, v in artifact.semantics.to_dict().items())
     rows = [
         ["artifact", str(artifact.path)],

@@ -39,6 +39,7 @@ class ArraySource:
         contract: The step to feed.
         batch_size: Examples in a batch; the last one of an epoch may have fewer.
         least: The smallest batch that is used; what is left over below it is left out.
+        multiple: What the size of each batch must be a multiple of; the rest is left out.
         seed: Of the order of the examples, which is another one in each epoch; None keeps the
             order of the arrays.
     """
@@ -48,6 +49,7 @@ class ArraySource:
     batch_size: int
     least: int
     seed: int | None
+    multiple: int = 1
 
     @property
     def examples(self) -> int:
@@ -56,9 +58,9 @@ class ArraySource:
 
     @property
     def left_out(self) -> int:
-        """Examples of each epoch that would make a batch below the smallest."""
+        """Examples of each epoch that make no batch: too small a one, or no multiple."""
         rest = self.examples % self.batch_size
-        return rest if rest < self.least else 0
+        return rest if rest < self.least else rest % self.multiple
 
     def batches(self, epoch: int) -> Iterable[Batch]:
         """The batches of an epoch; their order depends on the seed and the epoch alone."""
@@ -71,7 +73,7 @@ class ArraySource:
 class _Epoch:
     def __init__(self, source: ArraySource, order: NDArray[np.int64] | None) -> None:
         self._source, self._order = source, order
-        usable = source.examples - source.left_out
+        usable = self._usable = source.examples - source.left_out
         self._starts = range(0, usable, source.batch_size)
 
     def __len__(self) -> int:
@@ -80,7 +82,7 @@ class _Epoch:
     def __iter__(self) -> Iterator[Batch]:
         source = self._source
         for start in self._starts:
-            part: Any = slice(start, start + source.batch_size)
+            part: Any = slice(start, min(start + source.batch_size, self._usable))
             if self._order is not None:
                 part = self._order[part]
             batch = {name: array[part] for name, array in source.arrays.items()}
@@ -141,7 +143,7 @@ def _array_source(
     if batch_size < 1:
         raise CommandError(f"--batch-size {batch_size}: at least 1 is needed.")
     arrays = read_arrays(path, contract)
-    least = 1
+    least = multiple = 1
     for spec in contract.batch:
         size = spec.shape[0]
         if isinstance(size, int):
@@ -153,9 +155,15 @@ def _array_source(
             least = size
         elif training:
             least = max(least, contract.dims[size])
+            multiple = max(multiple, contract.multiples.get(size, 1))
     if batch_size < least:
         raise CommandError(f"--batch-size {batch_size}: this step takes at least {least} examples.")
-    source = ArraySource(arrays, contract, batch_size, least, seed)
+    if batch_size % multiple:
+        raise CommandError(
+            f"--batch-size {batch_size}: this step divides its batch into {multiple} parts "
+            f"(micro_batches), so it must be a multiple of {multiple}."
+        )
+    source = ArraySource(arrays, contract, batch_size, least, seed, multiple)
     if source.examples < least:
         raise CommandError(
             f"{path} has {source.examples} examples; one batch needs at least {least}."

@@ -63,10 +63,15 @@ def random_inputs(
     for node, item in zip(inputs, contract.inputs_of(spec), strict=True):
         for size, name in zip(node.meta["val"].shape, item.shape, strict=True):
             if isinstance(name, str):
-                names[size.node.expr] = sympy.Symbol(name, integer=True, positive=True)
+                # The size is the symbol, or a whole multiple of it.
+                factor, symbol = size.node.expr.as_coeff_Mul()
+                names[symbol] = sympy.Symbol(name, integer=True, positive=True) / factor
 
     def written(size: Any) -> int | str:
-        return size if isinstance(size, int) else str(size.node.expr.subs(names))
+        if isinstance(size, int):
+            return size
+        above, below = sympy.fraction(sympy.together(size.node.expr.subs(names)))
+        return str(above) if below == 1 else f"({above})//{below}"
 
     found = []
     for node in drawn_nodes(program.graph):

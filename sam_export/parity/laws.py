@@ -108,6 +108,8 @@ def _radius(run: Run, panel: Panel, tol: Tolerances) -> Law:
     """The perturbation has the norm rho."""
     if panel.judge.perturbation is not None or panel.judge.adaptive is not None:
         return _not_applicable("the perturbation is another one than SAM's")
+    if panel.parts > 1 and panel.judge.perturbation_per == "micro_batch":
+        return _not_applicable("each part of the batch has a perturbation of its own")
     if panel.judge.ascent_steps > 1:
         return _not_applicable("several ascent steps do not go straight")
     radii = set(panel.rho)

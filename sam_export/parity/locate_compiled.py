@@ -25,8 +25,8 @@ from sam_export.parity.locate_torch import TorchForm
 _AROUND = 12
 """Values before and after a suspect that are compiled with it: some layers, in a few seconds."""
 
-_WINDOW = 256
-"""Values in a window; with those over the borders, every 128 in a row are in one as a whole."""
+_WINDOW = 128
+"""Values in a window; with those over the borders, every 64 in a row are in one as a whole."""
 
 
 @dataclass

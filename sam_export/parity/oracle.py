@@ -236,20 +236,21 @@ class Oracle(OracleState):
             w = {p: p.clone() for p in self._with_gradient()}
             g = {name: p.grad.clone() for name, p in self._named(w) if p.grad is not None}
         perturbed_loss = loss
-        steps: list[Tensor] = []
+        steps: list[list[Tensor]] = []
         if is_perturbed:
             self.variant.ascend(self._named(w))
             for number in range(self.ascent_steps):
                 if number > 0:
                     self._pass(members, generators)
                     self._add_decay()
-                steps = self._climb(stages if number == 0 else {})
+                steps.append(self._climb(stages if number == 0 else {}))
             # Last pass, at w + eps.
             perturbed_loss = self._pass(members, generators)
         with torch.no_grad():
             eps = {name: p - w[p] for name, p in self._named(w)}
-            # What was added: of one step more exactly than what came of it.
-            perturbation_norm = wide_norm(steps if len(steps) else list(eps.values()))
+            # Of what was added, which is more exact than what came of it.
+            added = [torch.stack(each).sum(0) for each in zip(*steps, strict=True)]
+            perturbation_norm = wide_norm(added or list(eps.values()))
             for p, value in w.items():
                 p.copy_(value)
             self.without_gradient = self._without_gradient()
@@ -313,7 +314,7 @@ class Oracle(OracleState):
         """Moves the weights by ``eps`` of the gradients that are there, or by one step of it.
 
         Returns:
-            What was added; nothing where it is only a step of the way.
+            What was added.
         """
         groups = self.optimizer.param_groups
         held = [(p, g[self.radius]) for g in groups for p in g["params"] if p.grad is not None]
@@ -334,7 +335,7 @@ class Oracle(OracleState):
             steps.append(e)
             if self.keeps_stages:
                 stages[f"g.{names[p]}"] = p.grad.clone()
-        return steps if self.ascent_steps == 1 else []
+        return steps
 
     def _with_gradient(self) -> list[Tensor]:
         groups = self.optimizer.param_groups

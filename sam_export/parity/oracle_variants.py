@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,27 +94,27 @@ class OracleVariant:
         adversarial = {name: p.grad for name, p in named if p.grad is not None}
         dot = sum(float((g[name].double() * v.double()).sum()) for name, v in adversarial.items())
         if self.name == "GSAM":
-            square = sum(float(v.double().square().sum()) for v in adversarial.values())
+            square = (_length(adversarial.values()) + 1e-12) ** 2
             for name, p in named:
-                along = dot / max(square, 1e-300) * adversarial[name]
+                along = dot / square * adversarial[name]
                 p.grad = adversarial[name] - self.numbers["alpha"] * (g[name] - along)
         else:
-            square = sum(float(v.double().square().sum()) for v in g.values())
+            square = (_length(g.values()) + 1e-12) ** 2
             self.kept["flattening"] = {
-                name: v - dot / max(square, 1e-300) * g[name] for name, v in adversarial.items()
+                name: v - dot / square * g[name] for name, v in adversarial.items()
             }
 
     @torch.no_grad()
     def between(self, named: Named) -> None:
         """The same for a step without a perturbation: LookSAM adds what it has kept."""
         kept = self.kept.get("flattening", {})
-        length = math.sqrt(sum(float(v.double().square().sum()) for v in kept.values()))
-        if length == 0:
+        if not kept:
             return
-        squares = [float(p.grad.double().square().sum()) for _, p in named if p.grad is not None]
+        length = _length([p.grad for _, p in named if p.grad is not None])
+        scale = self.numbers["alpha"] * length / (_length(kept.values()) + 1e-12)
         for name, p in named:
             assert p.grad is not None
-            p.grad += self.numbers["alpha"] * math.sqrt(sum(squares)) / length * kept[name]
+            p.grad += scale * kept[name]
 
     def copy_of_kept(self) -> dict[str, dict[str, Tensor]]:
         """What is kept now, for a step that may come to nothing."""
@@ -143,6 +143,11 @@ class OracleVariant:
                 _, key, name = full.split(".", 2)
                 value = torch.tensor(array, device=device)
                 self.kept.setdefault(key, {})[name] = value.double() if double else value
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    """One L2 norm over all."""
+    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors))
 
 
 def clip(groups: Groups, norm: float | None, value: float | None) -> None:

@@ -172,7 +172,7 @@ def two_passes(
     if kind.ascent_steps > 1:
         rho = [value / kind.ascent_steps for value in rho]
     move = functools.partial(_perturbed, groups=groups, rho=rho, semantics=semantics, kind=kind)
-    perturbed, perturbation_norm = move(parameters, directions, norms)
+    perturbed, eps, perturbation_norm = move(parameters, directions, norms)
     if semantics.running_stats == "both":
         descent_buffers = ascent_buffers
     else:
@@ -182,13 +182,18 @@ def two_passes(
         _, further, _ = mean_gradient(objectives, perturbed, descent_buffers, names, scaler)
         at("perturb")
         further = _with_decay(further, perturbed, groups, semantics)
-        perturbed, _ = move(perturbed, further, _norms(list(further.values())))
+        perturbed, more, _ = move(perturbed, further, _norms(list(further.values())))
+        eps = {name: value + more[name] for name, value in eps.items()}
     if kind.ascent_steps > 1:
-        perturbation_norm = global_norm([perturbed[name] - parameters[name] for name in gradients])
+        perturbation_norm = global_norm(list(eps.values()))
     if stages is not None:
         for name, direction in directions.items():
             stages[f"g.{name}"] = direction
             stages[f"eps.{name}"] = perturbed[name] - parameters[name]
+
+    del directions, eps  # eager needs their room
+    if type(kind.variant).descended is Variant.descended:
+        gradients = {}
 
     at("descent")
     perturbed_loss, adversarial, _ = mean_gradient(
@@ -299,14 +304,14 @@ def _perturbed(
     rho: Sequence[float | Tensor],
     semantics: Semantics,
     kind: Kind,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """All parameters, those with a gradient moved by ``eps``, and the norm of ``eps``."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """All parameters, those with a gradient moved by ``eps``; ``eps``, and its norm."""
     radius = {name: value for g, value in zip(groups, rho, strict=True) for name in g.names}
     perturbed = dict(parameters)
     if kind.perturb is not None:
-        eps = kind.perturb(parameters, gradients, radius)
+        eps = dict(kind.perturb(parameters, gradients, radius))
         perturbed |= {name: parameters[name] + value for name, value in eps.items()}
-        return perturbed, global_norm(list(eps.values()))
+        return perturbed, eps, global_norm(list(eps.values()))
     length = torch.linalg.vector_norm(norms)
     if semantics.norm_over == "perturbed":
         length = torch.linalg.vector_norm(norms * _has_radius(radius, gradients).to(norms))
@@ -317,12 +322,12 @@ def _perturbed(
         for name in group.names
         if name in gradients
     }
-    for name, gradient in gradients.items():
-        perturbed[name] = parameters[name] + gradient * scale_of[name].to(gradient)
+    eps = {name: g * scale_of[name].to(g) for name, g in gradients.items()}
+    perturbed |= {name: parameters[name] + value for name, value in eps.items()}
     if len(scales) == 1:
-        return perturbed, scales[0] * length
+        return perturbed, eps, scales[0] * length
     chosen = torch.stack([scale_of[name] for name in gradients])
-    return perturbed, torch.linalg.vector_norm(norms * chosen.to(norms))
+    return perturbed, eps, torch.linalg.vector_norm(norms * chosen.to(norms))
 
 
 def _has_radius(radius: Mapping[str, float | Tensor], gradients: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A batch in parts inside the step: against the unsplit step, and against a loop of our own."""
+"""A batch in parts inside the step: against the unsplit step, and a loop written out here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_export as sx
+from sam_export._compat import torchscript
 from sam_export.errors import SessionError, StepConfigError
 from sam_export.step.micro_batches import split
 from tests.tracing.test_capture import Runner, worst_change
@@ -23,7 +24,7 @@ class Net(nn.Module):
 
     def __init__(self, norm: bool, dropout: bool) -> None:
         super().__init__()
-        self.a = nn.Linear(6, 8)
+        self.a = nn.Linear(6, 8, bias=not norm)  # its true gradient would be zero
         self.norm = nn.BatchNorm1d(8) if norm else nn.Identity()
         self.drop = nn.Dropout(0.4) if dropout else nn.Identity()
         self.b = nn.Linear(8, 4)
@@ -56,8 +57,15 @@ def data(count: int, size: int = 12) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def run(step: sx.TrainStep, graph: bool, batches: list[Any]) -> tuple[list[Any], dict[str, Tensor]]:
+def run(
+    step: sx.TrainStep, graph: bool, batches: list[Any], folder: Path | None = None
+) -> tuple[list[Any], dict[str, Tensor]]:
     """Results of each step, and the state after the last, eagerly or of the captured graph."""
+    if graph and folder is not None:
+        sx.export(sx.capture(step, batches[0]), folder, target="torchscript")
+        session = sx.load(folder)
+        steps = [vars(session.step(*batch)) for batch in batches]
+        return steps, {name: torch.from_numpy(v) for name, v in session.state.items()}
     if graph:
         runner = Runner(sx.capture(step, batches[0]))
         return [runner.step(batch) for batch in batches], runner.state
@@ -80,13 +88,18 @@ UNSPLIT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("name", UNSPLIT)
-def test_one_perturbation_for_the_batch_is_the_unsplit_step(name: str, graph: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    [(name, False) for name in UNSPLIT] + [(name, True) for name in ("clipped", "GSAM", "LookSAM")],
+)
+def test_one_perturbation_for_the_batch_is_the_unsplit_step(
+    name: str, graph: bool, tmp_path: Path
+) -> None:
     """The loss is a mean over examples and nothing looks at the whole batch."""
     batches = data(3)
     start = {n: p.detach().clone() for n, p in made().model.named_parameters()}
-    found, state = run(made(micro_batches=PARTS, **UNSPLIT[name]), graph, batches)
+    folder = tmp_path / "step" if "every" in UNSPLIT[name].get("options", {}) else None
+    found, state = run(made(micro_batches=PARTS, **UNSPLIT[name]), graph, batches, folder)
     wanted, expected = run(made(**UNSPLIT[name]), False, batches)
     for a, b in zip(found, wanted, strict=True):
         for metric in METRICS:
@@ -97,7 +110,7 @@ def test_one_perturbation_for_the_batch_is_the_unsplit_step(name: str, graph: bo
 def test_it_is_another_step_with_batch_statistics() -> None:
     """Each part has its own: the law above does not hold of everything."""
     batches = data(2)
-    start = {n: p.detach().clone() for n, p in made(norm=True).model.named_parameters()}
+    start = dict(made(norm=True).model.state_dict())
     _, state = run(made(norm=True, micro_batches=PARTS), False, batches)
     _, other = run(made(norm=True), False, batches)
     assert worst_change(start, state, other) > 1e-3
@@ -116,7 +129,7 @@ def by_hand(step: sx.TrainStep, batches: list[Any], per: str, stats: str) -> lis
             loss = nn.functional.cross_entropy(net(x), y)
             for s, g in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
                 s += g / len(members)
-            total += float(loss) / len(members)
+            total += float(loss.detach()) / len(members)
         return total, sums
 
     def length(gradients: list[Tensor]) -> Tensor:
@@ -169,9 +182,13 @@ def by_hand(step: sx.TrainStep, batches: list[Any], per: str, stats: str) -> lis
     return results
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("stats", ["ascent", "both"])
-@pytest.mark.parametrize("per", ["batch", "micro_batch"])
+@pytest.mark.parametrize(
+    ("per", "stats", "graph"),
+    [
+        *(("batch", stats, graph) for stats, graph in (("ascent", False), ("both", True))),
+        *(("micro_batch", stats, graph) for stats in ("ascent", "both") for graph in (False, True)),
+    ],
+)
 def test_both_meanings_equal_a_loop(per: str, stats: str, graph: bool) -> None:
     """With BatchNorm, so that running statistics and their order count."""
     batches = data(3)
@@ -205,9 +222,15 @@ def test_each_part_draws_its_own_numbers_and_both_passes_the_same(per: str) -> N
     assert not torch.equal(first, third)
 
 
-@pytest.mark.parametrize("generator", ["philox", "torch"])
-@pytest.mark.parametrize("randomness", ["same", "fresh"])
-@pytest.mark.parametrize("per", ["batch", "micro_batch"])
+@pytest.mark.parametrize(
+    ("per", "randomness", "generator"),
+    [
+        ("batch", "same", "philox"),
+        ("micro_batch", "same", "philox"),
+        ("micro_batch", "fresh", "philox"),
+        ("micro_batch", "same", "torch"),
+    ],
+)
 def test_dropout_in_the_graph_is_that_of_eager(per: str, randomness: str, generator: str) -> None:
     """Also with a draw for each pass, and from torch's generator."""
     chosen = {
@@ -235,9 +258,8 @@ def test_outputs_are_concatenated() -> None:
     batch = data(1)[0]
     whole = made()(*batch).outputs
     for per in ("batch", "micro_batch"):
-        assert torch.allclose(
-            made(micro_batches=PARTS, perturbation_per=per)(*batch).outputs, whole
-        )
+        step = made(micro_batches=PARTS, perturbation_per=per)
+        assert torch.allclose(step(*batch).outputs, whole)
     captured = sx.capture(made(micro_batches=PARTS), batch, return_outputs=True)
     (spec,) = [s for s in captured.contract.program("step").outputs if s.role == "output"]
     assert spec.shape == ("batch", 4)
@@ -293,7 +315,7 @@ def test_a_session_refuses_a_size_that_is_no_multiple(target: str, tmp_path: Pat
     assert all((session.state[name] == value).all() for name, value in before.items())
     assert session.evaluate(data(1, 7)[0][0]).shape == (7, 4)
     if target == "torchscript":
-        module = torch.jit.load(tmp_path / "step" / "step.pt")
+        module = torchscript.load_scripted(tmp_path / "step" / "step.pt", torch.device("cpu"))
         with pytest.raises(torch.jit.Error, match="multiple of 3"):
             module.step(*data(1, 13)[0])
 
@@ -357,5 +379,21 @@ def test_parts_may_follow_the_statistics_of_the_last_one() -> None:
     session = sx.load(sx.capture(step, (x, y)), target="torchscript")
     session.step(x, y)
     step(x, y)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(session.state[name]), value, rtol=0, atol=1e-13)
+
+
+def test_onnx_runtime_is_given_as_many_random_numbers_as_a_part_has() -> None:
+    """Half a batch of rows of seven: the session knows the size of the batch alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Dropout(0.4), nn.Linear(7, 3)).double()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    semantics = sx.Semantics(micro_batches=2, perturbation_per="micro_batch")
+    step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam, semantics=semantics, seed=5)
+    x, y = torch.randn(10, 6, dtype=torch.float64), torch.randint(0, 3, (10,))
+    session = sx.load(sx.capture(step, (x, y)), target="onnx")
+    for size in (10, 6):
+        session.step(x[:size], y[:size])
+        step(x[:size], y[:size])
     for name, value in model.state_dict().items():
         torch.testing.assert_close(torch.tensor(session.state[name]), value, rtol=0, atol=1e-13)
