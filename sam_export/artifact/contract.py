@@ -12,7 +12,7 @@ value of a state tensor is ``next.<name>``; the model's outputs are ``output``, 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from sam_export.artifact.loss_scaling import LossScaling
@@ -224,6 +224,12 @@ class StepContract:
         Raises:
             ArtifactError: A field is missing, unknown or of another type.
         """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ArtifactError(
+                f"The contract in the manifest has {', '.join(unknown)}, which this version of "
+                "sam_export does not know; the step may mean something else. Use a newer one."
+            )
         try:
             scaling = values["loss_scaling"]
             return cls(

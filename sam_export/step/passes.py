@@ -50,7 +50,7 @@ class Passes:
         buffers: New buffers by name.
         outputs: The model's output at ``w``, detached.
         perturbed_grad_norm: Global L2 norm of ``g_adv`` before clipping; None without clipping.
-        ascended: ``g`` by parameter name, as its norm is taken.
+        ascended: ``g`` by parameter name, of a part of the batch with a perturbation of its own.
         memory: What the variant keeps, after this step.
     """
 
@@ -192,7 +192,8 @@ def two_passes(
             stages[f"eps.{name}"] = perturbed[name] - parameters[name]
 
     del directions, eps  # eager needs their room
-    if type(kind.variant).descended is Variant.descended:
+    plain = type(kind.variant).descended is Variant.descended
+    if plain and not semantics.perturbs_each_part:
         gradients = {}
 
     at("descent")

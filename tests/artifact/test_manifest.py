@@ -232,3 +232,10 @@ def test_state_that_a_step_leaves_alone_needs_no_output() -> None:
     outputs = tuple(spec for spec in STEP.outputs if spec.name != "next.seen")
     check_contract(program_with(PLAIN, feeds=kept, outputs=outputs))
     assert MODEL[2].name == "seen"
+
+
+def test_a_contract_of_a_newer_version_is_refused() -> None:
+    """Passing over a field that says what a step means would run another step."""
+    values = {**PLAIN.to_dict(), "ascent_noise": 0.1}
+    with pytest.raises(ArtifactError, match="has ascent_noise, which this version .* not know"):
+        StepContract.from_dict(values)
