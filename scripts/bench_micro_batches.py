@@ -82,18 +82,18 @@ def main(argv: list[str] | None = None) -> int:
     for model in options.models:
         size = SIZES[model]
         print(f"\n## {CASES[model].description.rpartition(',')[0]}, batch {size}\n")
-        print("| | parts | step | time | peak - built | of unsplit | rounds | build |")
+        print("| | parts | step | time | peak - imports | of unsplit | rounds | build |")
         print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
         for name in options.contestants:
             cases = [divided(CASES[model], size, k, options.per) for k in options.parts]
             records = measure(CONTESTANTS[name], cases, options.rounds)
             first = records[0]
             for parts, record in zip(options.parts, records, strict=True):
-                held = record.peak - record.memory_built
+                held = record.working_memory
                 print(
                     f"| {name} | {parts} | {1e3 * _median(record):.0f} ms "
                     f"| {_median(record) / _median(first):.2f} | {held / 2**20:.1f} MiB "
-                    f"| {held / max(first.peak - first.memory_built, 1):.2f} "
+                    f"| {held / first.working_memory:.2f} "
                     f"| {len(record.rounds)} | {record.start_s:.0f} s |",
                     flush=True,
                 )

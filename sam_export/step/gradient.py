@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,37 @@ Objective = Callable[
 model has these tensors; may update the buffers."""
 
 
+class Parts:
+    """The objectives of the parts of a batch, each made when its turn comes.
+
+    Args:
+        make: Number of a part, and what must be computed before it, to its objective.
+        numbers: Which parts.
+        before: What must be computed before the first of them.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, Sequence[Tensor]], Objective],
+        numbers: Sequence[int],
+        before: Sequence[Tensor] = (),
+    ) -> None:
+        self._make = make
+        self.numbers = tuple(numbers)
+        self._before = tuple(before)
+
+    def alone(self, number: int, before: Sequence[Tensor]) -> Parts:
+        """One of the parts, for passes of its own after those of the others."""
+        return Parts(self._make, (number,), before)
+
+    def each(self, done: Callable[[], Sequence[Tensor]]) -> Iterator[Objective]:
+        """One objective after the other; ``done`` gives what the ones before have computed."""
+        for index, number in enumerate(self.numbers):
+            yield self._make(number, done() if index else self._before)
+
+
 def mean_gradient(
-    objectives: Sequence[Objective],
+    objectives: Parts,
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     names: Sequence[str],
@@ -42,7 +71,7 @@ def mean_gradient(
             result.
         scaler: The scale of the loss, if there is one.
     """
-    count = len(objectives)
+    count = len(objectives.numbers)
     leaves = {name: value.detach() for name, value in parameters.items()}
     for name in names:
         leaves[name].requires_grad_()
@@ -57,7 +86,7 @@ def mean_gradient(
     total: Tensor | None = None
     found: dict[str, Tensor] = {}
     parts = []
-    for objective in objectives:
+    for objective in objectives.each(lambda: list(found.values())):
         with torch.enable_grad():
             share, outputs, gradients = objective(leaves, buffers, differentiated)
         total = share if total is None else total + share

@@ -12,7 +12,7 @@ from torch import Tensor
 from sam_export._compat.tracing import same_size
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
-from sam_export.step.gradient import Objective, joined
+from sam_export.step.gradient import Parts, joined
 from sam_export.step.passes import Group, Passes, clipped, global_norm, two_passes
 from sam_export.step.sam import SAM
 
@@ -49,6 +49,31 @@ def split(names: Sequence[str], values: Sequence[Tensor], count: int) -> list[li
     return [list(part) for part in zip(*divided, strict=True)]
 
 
+def waiting(whole: Tensor, part: Tensor, number: int, before: Sequence[Tensor]) -> Tensor:
+    """Part ``number`` of a tensor, as a value that depends on all of ``before``.
+
+    A graph has no order but that of what depends on what, and a runtime that is free to do so
+    runs the first passes of all parts before the first backward pass (ONNX Runtime does), and then
+    holds the activations of all. The number of the part has a zero added that is made of one
+    element of each tensor, by logic: NaN and infinity give zero, too, and no runtime can know it.
+
+    Args:
+        whole: The tensor that is divided.
+        part: The part, as a view.
+        number: Which one it is.
+        before: Gradients that have to be there.
+    """
+    if not before:
+        return part
+    firsts = [value.flatten()[0].to(before[0]) for value in before if value.numel()]
+    seen = torch.stack(firsts).sum()
+    zero = ((seen != seen) & (seen == seen)).long().reshape(1)
+    size = part.shape[0]
+    rows = whole.unflatten(0, (whole.shape[0] // size, size))
+    selected: Tensor = rows.index_select(0, zero + number).squeeze(0)
+    return selected
+
+
 def is_divided(value: Tensor, first: Tensor) -> bool:
     """Whether a tensor of a batch has the size of the batch in dimension 0."""
     return value.dim() > 0 and same_size(value.shape[0], first.shape[0])
@@ -76,7 +101,7 @@ def check_micro_batches(semantics: Semantics, optimizer: SAM) -> None:
 
 
 def perturbed_passes(
-    objectives: Sequence[Objective],
+    objectives: Parts,
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     groups: Sequence[Group],
@@ -123,11 +148,20 @@ def perturbed_passes(
     shown = _Mean() if stages is not None else None
     metrics = _Mean()
     are_finite, outputs = [], []
-    for objective in objectives:
+    before: list[Tensor] = []
+    for number in objectives.numbers:
         at("part")
         own: dict[str, Tensor] | None = None if stages is None else {}
         part = two_passes(
-            [objective], parameters, buffers, groups, rho, unclipped, at=at, stages=own, **others
+            objectives.alone(number, before),
+            parameters,
+            buffers,
+            groups,
+            rho,
+            unclipped,
+            at=at,
+            stages=own,
+            **others,
         )
         buffers = part.buffers
         ascended.add(part.ascended)
@@ -137,8 +171,9 @@ def perturbed_passes(
         metrics.add({name: getattr(part, name) for name in _AVERAGED})
         are_finite.append(torch.isfinite(part.grad_norm))
         outputs.append(part.outputs)
+        before = [*ascended.sums(), *adversarial.sums()]
     at("check")
-    count = len(objectives)
+    count = len(objectives.numbers)
     final = adversarial.of(count)
     norm = global_norm(list(final.values()))
     grad_norm = global_norm(list(ascended.of(count).values()))
@@ -172,6 +207,10 @@ class _Mean:
         """Adds the tensors of one part."""
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def sums(self) -> list[Tensor]:
+        """What has been added up so far."""
+        return list(self._sums.values())
 
     def of(self, count: int) -> dict[str, Tensor]:
         """The means over ``count`` parts."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sam_export.artifact.semantics import Semantics
-from sam_export.step.gradient import Objective, mean_gradient
+from sam_export.step.gradient import Parts, mean_gradient
 from sam_export.step.loss_scaling import Scaler
 from sam_export.step.variants.variant import Memory, Variant
 
@@ -109,7 +109,7 @@ SAM_ITSELF = Kind()
 
 
 def two_passes(
-    objectives: Sequence[Objective],
+    objectives: Parts,
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     groups: Sequence[Group],
@@ -231,7 +231,7 @@ def two_passes(
 
 
 def one_pass(
-    objectives: Sequence[Objective],
+    objectives: Parts,
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     groups: Sequence[Group],

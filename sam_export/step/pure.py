@@ -87,7 +87,7 @@ def pure_step(
 
         return evaluate
 
-    objectives = [watched(objective) for objective in step.objectives(layout, values)]
+    objectives = step.objectives(layout, values, watched, in_order=True)
 
     def begin(stage: str) -> None:
         at(stage)

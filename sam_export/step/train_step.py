@@ -18,11 +18,11 @@ from sam_export.step.batch import BatchLayout, layout_of, unwrapped
 from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
-from sam_export.step.gradient import Objective
+from sam_export.step.gradient import Objective, Parts
 from sam_export.step.hyper import hyper_of
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
 from sam_export.step.loss_scaling import Scaler
-from sam_export.step.micro_batches import check_micro_batches, perturbed_passes, split
+from sam_export.step.micro_batches import check_micro_batches, perturbed_passes, split, waiting
 from sam_export.step.mixed_precision import (
     autocasting,
     check_master_weights,
@@ -206,10 +206,33 @@ class TrainStep(nn.Module):
 
         return evaluate
 
-    def objectives(self, layout: BatchLayout, values: Sequence[Tensor]) -> list[Objective]:
-        """The loss of each part of a batch, see `step.micro_batches`."""
+    def objectives(
+        self,
+        layout: BatchLayout,
+        values: Sequence[Tensor],
+        wrapped: Callable[[Objective], Objective] = lambda objective: objective,
+        in_order: bool = False,
+    ) -> Parts:
+        """The loss of each part of a batch, see `step.micro_batches`.
+
+        Args:
+            layout: How the batch is divided into inputs and targets.
+            values: The batch.
+            wrapped: Applied to each objective.
+            in_order: Whether a part's values depend on what must be computed before them.
+        """
         parts = split(layout.names, values, self.semantics.micro_batches)
-        return [self.objective(layout, part) for part in parts]
+
+        def make(number: int, before: Sequence[Tensor]) -> Objective:
+            part = parts[number]
+            if in_order:
+                part = [
+                    own if own is whole else waiting(whole, own, number, before)
+                    for whole, own in zip(values, part, strict=True)
+                ]
+            return wrapped(self.objective(layout, part))
+
+        return Parts(make, range(len(parts)))
 
     def pure(
         self, *state_and_batch: Any, **options: Any

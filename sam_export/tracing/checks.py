@@ -73,9 +73,9 @@ def refuse_wrong_flow(
         if not depends[name] & sources:
             raise CaptureError(f"Output {name!r} of the captured step does not depend on {what}.")
 
-    # Where a batch's parts follow one another, each may begin with the statistics that the second
-    # pass of the last one left; a normalization reads them without needing them.
-    follows = semantics.perturbs_each_part and semantics.running_stats == "both"
+    # Where a batch's parts have perturbations of their own, each part begins after the second pass
+    # of the last one: it waits for its gradients, and may begin with the statistics that it left.
+    follows = semantics.perturbs_each_part
     if depends["loss"] & bit["hyper.lr"] or (depends["loss"] & bit["hyper.rho"] and not follows):
         raise CaptureError("The loss of the captured step depends on a hyper-parameter.")
     need("loss", batch, "the batch")

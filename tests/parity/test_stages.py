@@ -68,9 +68,9 @@ def test_they_are_compared_on_an_artifact_of_their_own(dtype: str) -> None:
 
 def test_a_wrong_second_gradient_is_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """All before it is right; without stages only slots and parameters would show it."""
-    from sam_export.step import train_step
+    from sam_export.step import micro_batches
 
-    right = train_step.two_passes
+    right = micro_batches.two_passes
 
     def wrong(*arguments: Any, **named: Any) -> Any:
         passes = right(*arguments, **named)
@@ -81,7 +81,7 @@ def test_a_wrong_second_gradient_is_the_first_difference(monkeypatch: pytest.Mon
                 stages[f"g_adv.{name}"] = value * 1.01
         return passes
 
-    monkeypatch.setattr(train_step, "two_passes", wrong)
+    monkeypatch.setattr(micro_batches, "two_passes", wrong)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5))
     sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=RHO, **HYPER)
