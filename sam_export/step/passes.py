@@ -167,12 +167,14 @@ def two_passes(
     norms = _norms(list(gradients.values()))
     grad_norm = torch.linalg.vector_norm(norms)
     directions, memory = kind.variant.ascended(gradients, memory, started)
+    length = grad_norm
     if directions is not gradients:
         norms = _norms(list(directions.values()))
+        length = torch.linalg.vector_norm(norms)
     if kind.ascent_steps > 1:
         rho = [value / kind.ascent_steps for value in rho]
     move = functools.partial(_perturbed, groups=groups, rho=rho, semantics=semantics, kind=kind)
-    perturbed, eps, perturbation_norm = move(parameters, directions, norms)
+    perturbed, eps, perturbation_norm = move(parameters, directions, norms, length)
     if semantics.running_stats == "both":
         descent_buffers = ascent_buffers
     else:
@@ -182,7 +184,9 @@ def two_passes(
         _, further, _ = mean_gradient(objectives, perturbed, descent_buffers, names, scaler)
         at("perturb")
         further = _with_decay(further, perturbed, groups, semantics)
-        perturbed, more, _ = move(perturbed, further, _norms(list(further.values())))
+        norms = _norms(list(further.values()))
+        length = torch.linalg.vector_norm(norms)
+        perturbed, more, _ = move(perturbed, further, norms, length)
         eps = {name: value + more[name] for name, value in eps.items()}
     if kind.ascent_steps > 1:
         perturbation_norm = global_norm(list(eps.values()))
@@ -301,19 +305,22 @@ def _perturbed(
     parameters: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     norms: Tensor,
+    length: Tensor,
     groups: Sequence[Group],
     rho: Sequence[float | Tensor],
     semantics: Semantics,
     kind: Kind,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """All parameters, those with a gradient moved by ``eps``; ``eps``, and its norm."""
+    """All parameters, those with a gradient moved by ``eps``; ``eps``, and its norm.
+
+    ``norms`` are those of the gradients, and ``length`` is that of all.
+    """
     radius = {name: value for g, value in zip(groups, rho, strict=True) for name in g.names}
     perturbed = dict(parameters)
     if kind.perturb is not None:
         eps = dict(kind.perturb(parameters, gradients, radius))
         perturbed |= {name: parameters[name] + value for name, value in eps.items()}
         return perturbed, eps, global_norm(list(eps.values()))
-    length = torch.linalg.vector_norm(norms)
     if semantics.norm_over == "perturbed":
         length = torch.linalg.vector_norm(norms * _has_radius(radius, gradients).to(norms))
     scales = [value / (length + EPSILON) for value in rho]
