@@ -156,3 +156,16 @@ def test_options_for_cuda_reach_the_child(folder: Path) -> None:
     given = sx.CudaOptions(memory_limit=1 << 20, tf32=True)
     with pytest.raises(SessionError, match=r"memory_limit=1048576, tf32=True.*device='cpu'"):
         ChildSession(folder, "cpu", 1, False, cuda=given)
+
+
+def test_a_step_that_clips_says_what_it_clipped() -> None:
+    """The norm before clipping is one more result, which a session elsewhere has to send."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+    semantics = sx.Semantics(clip_norm=0.1)
+    step = sx.TrainStep(model, torch.nn.CrossEntropyLoss(), sam, semantics=semantics)
+    batches = [(torch.randn(6, 4), torch.randint(0, 3, (6,)))]
+    report = sx.check_parity(step, batches, targets=["torchscript"], num_steps=2)
+    assert report.ok, report
+    assert any(row.name == "perturbed_grad_norm" for row in report.targets[0].rows)
