@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +91,7 @@ class OracleVariant:
         if self.name not in ("GSAM", "LookSAM"):
             return
         adversarial = {name: p.grad for name, p in named if p.grad is not None}
-        dot = sum(float((g[name].double() * v.double()).sum()) for name, v in adversarial.items())
+        dot = torch.stack([(g[name] * v).sum() for name, v in adversarial.items()]).sum()
         if self.name == "GSAM":
             square = (_length(adversarial.values()) + 1e-12) ** 2
             for name, p in named:
@@ -145,9 +144,10 @@ class OracleVariant:
                 self.kept.setdefault(key, {})[name] = value.double() if double else value
 
 
-def _length(tensors: Iterable[Tensor]) -> float:
+def _length(tensors: Iterable[Tensor]) -> Tensor:
     """One L2 norm over all."""
-    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors))
+    length: Tensor = torch.stack([value.norm() for value in tensors]).norm()
+    return length
 
 
 def clip(groups: Groups, norm: float | None, value: float | None) -> None:

@@ -63,6 +63,7 @@ def test_exit_code_is_the_verdict(
         "artifacts": {},
         "num_steps": 5,
         "device": "cuda:1",
+        "cuda": None,
         "dynamic": "batch",
         "seed": 0,
         "stages": False,
