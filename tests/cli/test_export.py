@@ -48,7 +48,7 @@ def test_settings_overwrite_and_fixed_batch(
         ("no_pair", "returned a TrainStep; expected (TrainStep, batches)"),
         ("broken", "raised IndexError: list index out of range"),
         ("not_a_function", "is a int, not a function"),
-        ("nothing", "has no function 'nothing'; it has recipe, no_batches"),
+        ("nothing", "has no function 'nothing'; it has recipe, averaged, no_batches"),
     ],
 )
 def test_bad_recipe(
