@@ -24,6 +24,7 @@ from sam_export.lower.plain_adds import without_factors
 from sam_export.lower.result import lowered
 from sam_export.tracing.captured_step import CapturedStep
 from sam_export.tracing.in_place import in_place, scalar_positions
+from sam_export.tracing.trace import symbolic
 
 TARGET = "aot-inductor"
 
@@ -114,8 +115,5 @@ def _dim(contract: StepContract, spec: ProgramSpec, name: str) -> Any:
     """A symbolic size of a program, with its least value; in a step with parts, a multiple."""
     least = contract.dims[name]
     if spec.name not in TRAINING:
-        return torch.export.Dim(name, min=min(least, 1))
-    count = contract.multiples.get(name, 1)
-    if count == 1:
-        return torch.export.Dim(name, min=least)
-    return count * torch.export.Dim(f"{name}_part", min=least // count)
+        return symbolic(name, 1, min(least, 1))
+    return symbolic(name, contract.multiples.get(name, 1), least)

@@ -35,7 +35,7 @@ class EMA:
 
     Source: Polyak, Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992,
         https://doi.org/10.1137/0330046; the exponential form: Tarvainen, Valpola, "Mean teachers
-        are better role models", 2017, https://arxiv.org/abs/1703.01780, eq. 1.
+        are better role models", 2017, https://arxiv.org/abs/1703.01780.
     """
 
     decay: float = 0.999

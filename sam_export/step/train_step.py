@@ -265,7 +265,8 @@ class TrainStep(nn.Module):
         buffers = dict(self.model.named_buffers())
         generators = Generators(parameters.values())
         self.check_master_weights()
-        scaler = self.scaler(next(iter(parameters.values())).device)
+        device = next(iter(parameters.values())).device
+        scaler = self.scaler(device)
 
         def run(at: Callable[[str], None]) -> Passes:
             objectives = self.objectives(layout, values)
@@ -276,7 +277,7 @@ class TrainStep(nn.Module):
                     objectives, detached, buffers, self.groups(), self.semantics,
                     at=at, kind=kind, memory=memory, scaler=scaler,
                 )  # fmt: skip
-            started = torch.tensor(int(bool(self.optimizer.memory)))
+            started = torch.tensor(int(bool(self.optimizer.memory)), device=device)
             return perturbed_passes(
                 objectives, detached, buffers, self.groups(), self.hyper(["rho"])["rho"],
                 self.semantics, at=at, kind=kind, memory=memory, started=started, scaler=scaler,
@@ -296,8 +297,7 @@ class TrainStep(nn.Module):
             if passes is not None:
                 self._finish(parameters, buffers, passes)
             else:
-                draws = self.draws(next(iter(parameters.values())).device)
-                with draws:
+                with self.draws(device) as draws:
                     passes = run(draws.at)
                     self._finish(parameters, buffers, passes)
                 self._draws_nothing = draws.count == 0

@@ -90,7 +90,7 @@ def exported(
     symbols: dict[str, Any] = {}
     shapes = tuple(
         {
-            dim: symbols.setdefault(name, _dim(name, multiples.get(name, 1)))
+            dim: symbols.setdefault(name, symbolic(name, multiples.get(name, 1)))
             for dim, name in marks.items()
         }
         for marks in dims
@@ -112,11 +112,11 @@ def exported(
         ) from error
 
 
-def _dim(name: str, multiple: int) -> Any:
-    """A symbolic size, or one that is a multiple of a number."""
+def symbolic(name: str, multiple: int, least: int = 1) -> Any:
+    """A symbolic size of at least ``least``, or one that is a multiple of a number."""
     if multiple == 1:
-        return torch.export.Dim(name, min=1)
-    return multiple * torch.export.Dim(f"{name}_part", min=1)
+        return torch.export.Dim(name, min=least)
+    return multiple * torch.export.Dim(f"{name}_part", min=max(least // multiple, 1))
 
 
 def _functional(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -26,7 +26,7 @@ class GSAM(Variant):
     With ``alpha = 0`` it is SAM. In the paper ``rho`` follows the learning rate; see `radius`.
 
     Args:
-        alpha: Weight of the orthogonal part, at least 0 (0.1 to 0.4 in the paper's image models).
+        alpha: Weight of the orthogonal part, at least 0.
 
     Raises:
         StepConfigError: ``alpha`` is negative or not a finite number.
@@ -62,7 +62,7 @@ class GSAM(Variant):
         Raises:
             StepConfigError: ``lr_max`` is not above ``lr_min``.
 
-        Source: the same, section 4, equation 5.
+        Source: the same.
         """
         if not lr_max > lr_min:
             raise StepConfigError(

@@ -38,7 +38,7 @@ class LookSAM(Variant):
     With ``alpha = 0`` it is periodic SAM.
 
     Args:
-        alpha: Length of what is added, in gradients' lengths, at least 0 (0.7 in the paper).
+        alpha: Length of what is added, in gradients' lengths, at least 0.
 
     Raises:
         StepConfigError: ``alpha`` is negative or not a finite number.
