@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from sam_export.api import export, load
     from sam_export.artifact.folder import Artifact
     from sam_export.artifact.loss_scaling import LossScaling
-    from sam_export.artifact.result import StepResult
+    from sam_export.artifact.result import AscentResult, DescentResult, StepResult, UpdateResult
     from sam_export.artifact.semantics import Semantics
     from sam_export.parity.check import check_parity
+    from sam_export.parity.in_stages import InStages
     from sam_export.parity.locate import Location, locate
     from sam_export.parity.report import ParityReport
     from sam_export.runtime.cuda_options import CudaOptions
@@ -51,7 +52,10 @@ _LAZY = {
     "TrainStep": "sam_export.step.train_step",
     "LossScaling": "sam_export.artifact.loss_scaling",
     "Semantics": "sam_export.artifact.semantics",
+    "AscentResult": "sam_export.artifact.result",
+    "DescentResult": "sam_export.artifact.result",
     "StepResult": "sam_export.artifact.result",
+    "UpdateResult": "sam_export.artifact.result",
     "Artifact": "sam_export.artifact.folder",
     "CapturedStep": "sam_export.tracing.captured_step",
     "capture": "sam_export.tracing.capture",
@@ -60,6 +64,7 @@ _LAZY = {
     "CudaOptions": "sam_export.runtime.cuda_options",
     "Session": "sam_export.runtime.session",
     "check_parity": "sam_export.parity.check",
+    "InStages": "sam_export.parity.in_stages",
     "ParityReport": "sam_export.parity.report",
     "locate": "sam_export.parity.locate",
     "Location": "sam_export.parity.locate",
@@ -72,10 +77,13 @@ __all__ = [
     "SAM",
     "Artifact",
     "ArtifactError",
+    "AscentResult",
     "CaptureError",
     "CapturedStep",
     "CudaOptions",
+    "DescentResult",
     "FriendlySAM",
+    "InStages",
     "Location",
     "LookSAM",
     "LossScaling",
@@ -90,6 +98,7 @@ __all__ = [
     "StepConfigError",
     "StepResult",
     "TrainStep",
+    "UpdateResult",
     "__version__",
     "capture",
     "check_parity",

@@ -124,7 +124,7 @@ def write_batches(case: Case, folder: Path) -> None:
 
 
 def export_artifact(
-    case: Case, target: str, folder: Path, device: str, every: int = 1
+    case: Case, target: str, folder: Path, device: str, every: int = 1, staged: bool = False
 ) -> tuple[Path, float]:
     """Exports the case's step; returns the artifact's folder and the seconds it took."""
     import sam_export as sx
@@ -134,8 +134,8 @@ def export_artifact(
     step.model.to(device)
     step.optimizer.every = every
     start = time.perf_counter()
-    captured = sx.capture(step, tuple(value.to(device) for value in batches[0]))
-    path = folder / f"artifact-{target}-every-{every}"
+    captured = sx.capture(step, tuple(value.to(device) for value in batches[0]), staged=staged)
+    path = folder / f"artifact-{target}-every-{every}{'-staged' * staged}"
     sx.export(captured, path, target=target, device=device_to_build_for(target, device))
     return path, time.perf_counter() - start
 
@@ -194,7 +194,7 @@ def build(
     try:
         if contestant.target is not None:
             artifact, record.export_s = export_artifact(
-                case, contestant.target, folder, device, contestant.every
+                case, contestant.target, folder, device, contestant.every, contestant.staged
             )
         start = time.perf_counter()
         child = stack.enter_context(

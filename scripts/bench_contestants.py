@@ -34,6 +34,7 @@ class Contestant:
         is_sam: Whether it takes SAM steps (the base optimizer does not).
         target: For a session: the target its artifact is exported to.
         every: For a session: the period of SAM; of `NEVER`, no measured step is one of SAM.
+        staged: For a session: whether a step is three calls, of its three stages.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Contestant:
     is_sam: bool = True
     target: str | None = None
     every: int = 1
+    staged: bool = False
 
 
 NEVER = 10**9
@@ -185,6 +187,20 @@ def _session(case: Case, artifact: Path | None, threads: int, device: str) -> St
     return step
 
 
+def _staged_session(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
+    del case
+    import sam_export as sx
+
+    if artifact is None:
+        raise ValueError("A session contestant needs the folder of its artifact.")
+    stages = sx.InStages(sx.load(artifact, device=device, threads=threads))
+
+    def step(x: Any, y: Any) -> Any:
+        return stages.step(x, y).loss
+
+    return step
+
+
 REFERENCE = "eager-sam"
 """The contestant that the others are compared with."""
 
@@ -279,9 +295,21 @@ PERIODIC = {
 }
 """Sessions of periodic SAM, and what their steps between those of SAM cost."""
 
-CONTESTANTS |= PERIODIC
+STAGED = {
+    f"{target}-staged": replace(
+        CONTESTANTS[target],
+        name=f"{target}-staged",
+        description="the same, each step as three calls",
+        build=_staged_session,
+        staged=True,
+    )
+    for target in ("torch-compile", "torchscript", "aot-inductor", "onnx", "onnx-training")
+}
+"""Sessions that run the three stages, with nothing in between."""
+
+CONTESTANTS |= PERIODIC | STAGED
 
 DEFAULT_CONTESTANTS = tuple(
-    name for name in CONTESTANTS if name != "compiled-base" and name not in PERIODIC
+    name for name in CONTESTANTS if name not in {"compiled-base", *PERIODIC, *STAGED}
 )
 """Those of `scripts/bench` where none are named; `scripts/gpu_check` wants compiled-base too."""

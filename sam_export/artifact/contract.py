@@ -7,7 +7,9 @@ Names. Parameters and buffers keep torch's names (``conv1.weight``); a slot is
 parameter is ``memory.<key>.<parameter>``; an average is ``average.<name>``; a step that draws
 random numbers has ``rng.seed`` and ``counter.step``; hyper-parameters are ``hyper.<name>``; the new
 value of a state tensor is ``next.<name>``; the model's outputs are ``output``, or ``output.0``,
-``output.logits`` where it returns several.
+``output.logits`` where it returns several. Between the stages of a step go
+``gradient.<parameter>``, ``perturbed_gradient.<parameter>`` and ``running.<buffer>``; what a pass
+makes of the last is ``moved.<buffer>``.
 """
 
 from __future__ import annotations
@@ -34,10 +36,35 @@ Role = Literal[
     "metric",
     "output",
     "stage",
+    "gradient",
+    "running",
+    "part",
 ]
 
 TRAINING = ("step", "base_step")
-"""Programs that train: they have the metrics as outputs, and new state."""
+"""Programs that are a whole step: they have the metrics as outputs, and new state."""
+
+STAGES = ("ascent", "descent", "update")
+"""Programs that are a step together: a staged capture has all. Only the last has new state."""
+
+BY_EXAMPLES = (*TRAINING, "ascent", "descent")
+"""Programs that run the model as it is in training, on a batch of training."""
+
+GRADIENT = "gradient."
+"""Prefix of what ``ascent`` gives: the gradient at ``w`` by a parameter."""
+
+PERTURBED_GRADIENT = "perturbed_gradient."
+"""Prefix of what ``descent`` gives: the gradient at ``w + eps_w`` by a parameter."""
+
+RUNNING = "running."
+"""Prefix of a buffer on its way from pass to pass of a staged step, until ``update`` stores it."""
+
+MOVED = "moved."
+"""Prefix of the output that is such a buffer, as a pass has left it."""
+
+PART = "part"
+"""Input of the stages of a step that draws random numbers: which part of its batch this is, int64;
+parts draw other numbers."""
 
 AVERAGE = "average."
 """Prefix of state that is the average of a parameter or a buffer."""
@@ -131,9 +158,12 @@ class ProgramSpec:
 
     Attributes:
         name: ``step``, ``evaluate``, ``evaluate_loss``; with periodic SAM also ``base_step``; with
-            an average of the weights also ``evaluate_average`` and ``evaluate_loss_average``.
-        inputs: Names of the graph inputs, in order: state, hyper-parameters, batch.
-        outputs: The graph outputs, in order: metrics, model outputs, new state.
+            an average of the weights also ``evaluate_average`` and ``evaluate_loss_average``; of a
+            staged capture also ``ascent``, ``descent`` and ``update``.
+        inputs: Names of the graph inputs, in order: state, hyper-parameters, batch, and what comes
+            from another stage.
+        outputs: The graph outputs, in order: metrics, model outputs, what goes to another stage,
+            new state.
         feeds: Output name to the name of the state input it replaces.
     """
 
@@ -156,6 +186,8 @@ class StepContract:
         dims: Symbolic size to the smallest value it may take.
         multiples: Symbolic size to a number that divides it in programs that train: the batch's, in
             a step with several parts (`Semantics.micro_batches`).
+        carried: Of a staged step: what the stages are given besides. Gradients and buffers come
+            from another stage.
         programs: The graphs, ``step`` first.
         output_tree: Structure of the model's output (see `artifact.tree`).
         groups: Names of the parameters of each optimizer parameter group.
@@ -189,6 +221,7 @@ class StepContract:
     autocast: str | None = None
     loss_scaling: LossScaling | None = None
     multiples: dict[str, int] = field(default_factory=dict)
+    carried: tuple[TensorSpec, ...] = ()
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `ArtifactError` when there is none."""
@@ -202,8 +235,18 @@ class StepContract:
 
     def inputs_of(self, program: ProgramSpec) -> tuple[TensorSpec, ...]:
         """The graph inputs of a program as specs, in order."""
-        known = {spec.name: spec for spec in (*self.state, *self.hyper_inputs, *self.batch)}
+        known = {spec.name: spec for spec in self.inputs}
         return tuple(known[name] for name in program.inputs)
+
+    def fed(self, program: ProgramSpec) -> tuple[TensorSpec, ...]:
+        """What a program is given at each run, in order: the batch, and what is carried."""
+        given = {spec.name: spec for spec in (*self.batch, *self.carried)}
+        return tuple(given[name] for name in program.inputs if name in given)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Everything that is an input of some program."""
+        return (*self.state, *self.hyper_inputs, *self.batch, *self.carried)
 
     @property
     def hyper_inputs(self) -> tuple[TensorSpec, ...]:
@@ -261,6 +304,7 @@ class StepContract:
                 autocast=values["autocast"],
                 loss_scaling=None if scaling is None else LossScaling(**scaling),
                 multiples=dict(values["multiples"]),
+                carried=_specs(values["carried"]),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The contract in the manifest is malformed: {error!r}.") from error

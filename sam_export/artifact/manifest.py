@@ -14,7 +14,16 @@ from typing import Any, NoReturn, get_args
 
 import numpy as np
 
-from sam_export.artifact.contract import METRICS, TRAINING, ProgramSpec, Role, StepContract
+from sam_export.artifact.contract import (
+    METRICS,
+    MOVED,
+    RUNNING,
+    STAGES,
+    TRAINING,
+    ProgramSpec,
+    Role,
+    StepContract,
+)
 from sam_export.artifact.semantics import Semantics
 from sam_export.artifact.tree import flatten, unflatten
 from sam_export.errors import ArtifactError, SamExportError
@@ -182,6 +191,12 @@ def check_contract(contract: StepContract) -> None:
             and ("base_step" in names) == (contract.every > 1),
             f"every={contract.every!r} with the programs {', '.join(names)}",
         )
+        staged = [name for name in STAGES if name in names]
+        _require(
+            len(staged) in (0, len(STAGES)) and bool(staged) == bool(contract.carried),
+            f"of the stages only {', '.join(staged) or 'none'}, with {len(contract.carried)} "
+            "carried tensors",
+        )
         for program in contract.programs:
             _check_program(contract, program)
     except ArtifactError:
@@ -191,10 +206,9 @@ def check_contract(contract: StepContract) -> None:
 
 
 def _check_tensors(contract: StepContract) -> None:
-    inputs = (*contract.state, *contract.hyper_inputs, *contract.batch)
-    _unique("graph inputs", (spec.name for spec in inputs))
+    _unique("graph inputs", (spec.name for spec in contract.inputs))
     outputs = [spec for program in contract.programs for spec in program.outputs]
-    for spec in (*inputs, *outputs):
+    for spec in (*contract.inputs, *outputs):
         _require(spec.role in get_args(Role), f"{spec.name}: unknown role {spec.role!r}")
         _require(np.dtype(spec.dtype).name == spec.dtype, f"{spec.name}: dtype {spec.dtype!r}")
     parameters = {spec.name for spec in contract.state if spec.role == "parameter"}
@@ -234,8 +248,7 @@ def _check_numbers(contract: StepContract) -> None:
 
 
 def _check_program(contract: StepContract, program: ProgramSpec) -> None:
-    known = {spec.name for spec in (*contract.state, *contract.hyper_inputs, *contract.batch)}
-    unknown = sorted(set(program.inputs) - known)
+    unknown = sorted(set(program.inputs) - {spec.name for spec in contract.inputs})
     _require(not unknown, f"{program.name}: unknown inputs {', '.join(unknown)}")
     _unique(f"inputs of {program.name}", program.inputs)
     _unique(f"outputs of {program.name}", (spec.name for spec in program.outputs))
@@ -253,6 +266,15 @@ def _check_program(contract: StepContract, program: ProgramSpec) -> None:
     if program.name in TRAINING:
         missing = [name for name in METRICS if name not in outputs]
         _require(not missing, f"{program.name} lacks the outputs {', '.join(missing)}")
+    carried = {spec.name: spec for spec in contract.carried}
+    for spec in program.outputs:
+        if spec.role in ("gradient", "running"):
+            name = spec.name.replace(MOVED, RUNNING, 1) if spec.role == "running" else spec.name
+            taken = carried.get(name)
+            _require(
+                taken is None or (taken.dtype, taken.shape) == (spec.dtype, spec.shape),
+                f"{program.name}: output {spec.name!r} is not what the next stage takes",
+            )
     leaves = [spec.name for spec in program.outputs if spec.role == "output"]
     if leaves:
         placed, _ = flatten(unflatten(contract.output_tree, [np.empty(0)] * len(leaves)))

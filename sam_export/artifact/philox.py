@@ -26,6 +26,9 @@ MASK = 0xFFFFFFFF
 STREAMS_PER_DRAW = 2
 """Draw ``d`` of a step owns the streams ``2 d`` (leading bits) and ``2 d + 1`` (trailing bits)."""
 
+STEPS_PER_PART = 1 << 40
+"""A part of a batch that is a call of its own draws as the step ``step + part * 2^40``."""
+
 EVALUATION = 1 << 31
 """Streams from here on belong to evaluation programs; below it, to the step."""
 

@@ -23,6 +23,10 @@ class DeviceValue:
         self.raw = raw
         self._read = read
 
+    def is_read_by(self, read: Callable[[Any], NDArray[Any]]) -> bool:
+        """Whether it was made by the engine whose ``to_numpy`` this is."""
+        return self._read == read
+
     def numpy(self) -> NDArray[Any]:
         """The value as a NumPy array on the host."""
         return self._read(self.raw)
@@ -71,5 +75,60 @@ class StepResult:
     finite: Any
     outputs: Any = None
     stages: Mapping[str, Any] = field(default_factory=dict)
+    perturbed_grad_norm: Any = None
+    loss_scale: Any = None
+
+
+@dataclass(frozen=True)
+class AscentResult:
+    """Outcome of the first stage of a step. Fields stay on the device, as those of `StepResult`.
+
+    Attributes:
+        loss: Loss at ``w``: the one to log. Scalar.
+        gradients: ``g`` by the name of the trained parameter, of its shape and dtype.
+        buffers: What the pass has made of the buffers that a step changes (running statistics), by
+            name. The session's own are as they were.
+        outputs: The model's output at ``w`` where the step was captured with
+            ``return_outputs=True``, else None.
+    """
+
+    loss: Any
+    gradients: Mapping[str, Any]
+    buffers: Mapping[str, Any]
+    outputs: Any = None
+
+
+@dataclass(frozen=True)
+class DescentResult:
+    """Outcome of the second stage of a step. Fields stay on the device.
+
+    Attributes:
+        perturbed_loss: Loss at ``w + eps_w``. Scalar.
+        grad_norm: Global L2 norm of the gradient at ``w`` that was given. Scalar.
+        perturbation_norm: Global L2 norm of ``eps_w``. Scalar.
+        gradients: ``g_adv`` by the name of the trained parameter, of its shape and dtype.
+        buffers: The buffers for `Session.update`, by name: those given, unless this pass changes
+            them, too (``running_stats="both"``).
+    """
+
+    perturbed_loss: Any
+    grad_norm: Any
+    perturbation_norm: Any
+    gradients: Mapping[str, Any]
+    buffers: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Outcome of the last stage of a step. Fields stay on the device.
+
+    Attributes:
+        finite: Whether the gradients are finite, and with them the losses and the norms of all
+            passes that they come from. Scalar bool.
+        perturbed_grad_norm: With clipping: global L2 norm of ``g_adv`` before it, else None.
+        loss_scale: With loss scaling: the scale of this step, else None. Scalar, float64.
+    """
+
+    finite: Any
     perturbed_grad_norm: Any = None
     loss_scale: Any = None

@@ -59,6 +59,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--return-outputs", action="store_true", help="each step also returns the model's outputs"
     )
+    parser.add_argument(
+        "--staged",
+        action="store_true",
+        help="also the step in three stages (ascent, descent, update), between which gradients can "
+        "be accumulated or averaged between machines",
+    )
     return parser
 
 
@@ -79,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             example,
             dynamic=dynamic,
             return_outputs=args.return_outputs,
+            staged=args.staged,
             dynamic_hyper=[name.strip() for name in args.dynamic_hyper.split(",") if name.strip()],
         )
     with stage(f"lower to {args.target} and write"):

@@ -27,7 +27,7 @@ code has none. Everything else needs NumPy only.
 _NOTED = ("in_place", "layout", "known_rounding")
 """Details that are said beside the tensors that they are about."""
 
-_STATE_ROLES = ("parameter", "buffer", "slot", "counter", "rng", "scaler")
+_STATE_ROLES = ("parameter", "buffer", "slot", "memory", "average", "counter", "rng", "scaler")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -197,8 +197,9 @@ def _print_details(artifact: Artifact) -> None:
 
 def _print_tensors(artifact: Artifact) -> None:
     contract = artifact.contract
-    inputs = (*contract.state, *contract.hyper_inputs, *contract.batch)
-    rows = [[spec.name, spec.role, spec.description, _note(spec, artifact)] for spec in inputs]
+    rows = [
+        [spec.name, spec.role, spec.description, _note(spec, artifact)] for spec in contract.inputs
+    ]
     print()
     print_table(["input", "role", "type", "note"], rows, "Inputs")
     for program in contract.programs:

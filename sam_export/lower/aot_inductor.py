@@ -10,7 +10,7 @@ from torch import Tensor
 from sam_export._compat import aot_inductor, inductor
 from sam_export.artifact.checkpoint import fingerprint
 from sam_export.artifact.contract import (
-    TRAINING,
+    BY_EXAMPLES,
     ProgramSpec,
     StepContract,
     discarded_if_not_finite,
@@ -83,8 +83,8 @@ def _mutating(
     scalars = scalar_positions(contract, spec)
     discarded = discarded_if_not_finite(spec, captured.semantics)
     inputs = contract.inputs_of(spec)
-    states = sum(item.role not in ("hyper", "input", "target") for item in inputs)
     hypers = sum(item.role == "hyper" for item in inputs)
+    states = len(inputs) - hypers - len(contract.fed(spec))
     run = in_place(graph, spec, discarded, scalars)
 
     class Program(torch.nn.Module):
@@ -114,6 +114,6 @@ def _mutating(
 def _dim(contract: StepContract, spec: ProgramSpec, name: str) -> Any:
     """A symbolic size of a program, with its least value; in a step with parts, a multiple."""
     least = contract.dims[name]
-    if spec.name not in TRAINING:
+    if spec.name not in BY_EXAMPLES:
         return symbolic(name, 1, min(least, 1))
     return symbolic(name, contract.multiples.get(name, 1), least)

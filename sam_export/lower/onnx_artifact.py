@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from sam_export.artifact.contract import TRAINING, ProgramSpec, discarded_if_not_finite
+from sam_export.artifact.contract import ProgramSpec, discarded_if_not_finite
 from sam_export.artifact.folder import Lowered, LoweredFile
 from sam_export.errors import LoweringError
 from sam_export.lower.draws import random_details
@@ -86,7 +86,7 @@ def lower_with(captured: CapturedStep, target: str, tables: Tables, device: str 
         if device == "cuda":
             on_host = sizes_on_device(model)
             refuse_without_cuda_kernel(model, spec, target, program, on_host)
-        if spec.name in TRAINING:
+        if spec.feeds:
             discarded = discarded_if_not_finite(spec, captured.semantics)
             if discarded and device == "cuda":
                 select_update(model, spec, discarded)

@@ -149,6 +149,11 @@ def _refuse(captured: CapturedStep, device: str) -> None:
             "The stock training API has one training model, and periodic SAM (every="
             f"{captured.contract.every}) two kinds of steps. Use the target 'onnx-training'."
         )
+    if captured.contract.carried:
+        raise LoweringError(
+            "The stock training API runs both passes and the update at once; it has no stages to "
+            "stand between. Capture without staged=True, or use the target 'onnx-training'."
+        )
     if captured.contract.ema is not None:
         raise LoweringError(
             "The stock training API evaluates the weights that it trains, and has no place for an "

@@ -10,6 +10,7 @@ from torch import fx
 
 from sam_export.artifact.contract import (
     HYPER,
+    STAGES,
     TRAINING,
     ProgramSpec,
     StepContract,
@@ -17,6 +18,7 @@ from sam_export.artifact.contract import (
     discarded_if_not_finite,
 )
 from sam_export.artifact.semantics import Semantics
+from sam_export.lower.torchscript_calls import arguments_of, batch_checks, reported, signature
 from sam_export.lower.torchscript_in_place import Plan, plan_in_place
 from sam_export.lower.torchscript_random import METHODS, random_methods
 from sam_export.lower.torchscript_source import (
@@ -26,6 +28,7 @@ from sam_export.lower.torchscript_source import (
     indented,
     needed_only_by,
 )
+from sam_export.lower.torchscript_stages import checked_stage
 from sam_export.tracing.randomness import drawn_nodes, random_nodes
 
 CONSTANTS = "constants"
@@ -56,7 +59,8 @@ def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str
     """The source of all methods.
 
     For each program ``P`` there are ``P_unchecked(*batch) -> List[Tensor]``, which runs the graph
-    and changes the state, and ``P(*batch)``, which first checks the batch.
+    and changes the state, and ``P(*batch)``, which first checks the batch. For a stage of a staged
+    step see `torchscript_stages`.
 
     Args:
         contract: Names, dtypes and shapes.
@@ -68,7 +72,11 @@ def module_source(contract: StepContract, semantics: Semantics, graphs: dict[str
         parts.append(random_methods())
     for spec in contract.programs:
         parts.append(_unchecked(contract, semantics, spec, graphs[spec.name]))
-        parts.append(_checked(contract, semantics, spec))
+        parts.append(
+            checked_stage(contract, semantics, spec)
+            if spec.name in STAGES
+            else _checked(contract, semantics, spec)
+        )
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 
@@ -81,41 +89,21 @@ def inference_source(contract: StepContract, semantics: Semantics, graph: fx.Gra
         graph: Of the program ``evaluate``, which draws no random numbers.
     """
     spec = contract.program("evaluate")
-    _, arguments = _arguments(contract, spec)
+    _, arguments = arguments_of(contract, spec)
     checked = _checked(contract, semantics, spec)
     returns = checked[0].rpartition(" -> ")[2].removesuffix(":")
     forward = [
-        _signature("forward", list(arguments.values()), returns),
+        signature("forward", list(arguments.values()), returns),
         f"    return self.evaluate({', '.join(arguments.values())})",
     ]
     parts = [_name_of_dtype(), _unchecked(contract, semantics, spec, graph), checked, forward]
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
 
-def batch_of(contract: StepContract, spec: ProgramSpec) -> list[TensorSpec]:
-    """The batch tensors that a program reads, in order."""
-    return [item for item in contract.inputs_of(spec) if item.role in ("input", "target")]
-
-
-def reported(spec: ProgramSpec) -> list[TensorSpec]:
-    """The outputs of a program that are not new state."""
-    return [output for output in spec.outputs if output.name not in spec.feeds]
-
-
-def _arguments(contract: StepContract, spec: ProgramSpec) -> tuple[Names, dict[str, str]]:
-    names = Names()
-    return names, {item.name: names.make(item.name) for item in batch_of(contract, spec)}
-
-
-def _signature(name: str, arguments: Sequence[str], returns: str) -> str:
-    listed = "".join(f", {argument}: Tensor" for argument in arguments)
-    return f"def {name}(self{listed}) -> {returns}:"
-
-
 def _forward(contract: StepContract) -> list[str]:
-    _, arguments = _arguments(contract, contract.program("step"))
+    _, arguments = arguments_of(contract, contract.program("step"))
     call = f'self.step({", ".join(arguments.values())})["loss"]'
-    return [_signature("forward", list(arguments.values()), "Tensor"), f"    return {call}"]
+    return [signature("forward", list(arguments.values()), "Tensor"), f"    return {call}"]
 
 
 def _unchecked(
@@ -124,7 +112,7 @@ def _unchecked(
     spec: ProgramSpec,
     graph: fx.Graph,
 ) -> list[str]:
-    names, arguments = _arguments(contract, spec)
+    names, arguments = arguments_of(contract, spec)
     held = [item for item in contract.inputs_of(spec) if item.name not in arguments]
     local = {item.name: names.make(item.name) for item in held}
     read = [f"{local[item.name]} = {attribute(item.name)}" for item in held]
@@ -185,7 +173,7 @@ def _unchecked(
             body += [*indented(indented(update)), "else:", *indented(select)]
     body += write(always) + counted
     return [
-        _signature(f"{spec.name}_unchecked", list(arguments.values()), "List[Tensor]"),
+        signature(f"{spec.name}_unchecked", list(arguments.values()), "List[Tensor]"),
         *indented(body),
         f"    return [{', '.join(values)}]",
     ]
@@ -234,8 +222,8 @@ def _writes(
 
 
 def _checked(contract: StepContract, semantics: Semantics, spec: ProgramSpec) -> list[str]:
-    _, arguments = _arguments(contract, spec)
-    body = _batch_checks(contract, spec, arguments)
+    _, arguments = arguments_of(contract, spec)
+    body = batch_checks(contract, spec, arguments)
     call = f"self.{spec.name}_unchecked({', '.join(arguments.values())})"
     outputs = reported(spec)
     if spec.name in TRAINING:
@@ -251,7 +239,7 @@ def _checked(contract: StepContract, semantics: Semantics, spec: ProgramSpec) ->
         returns = "Dict[str, Tensor]"
         body.append(f"results = {call}")
         body.append(_dict([output.name.removeprefix("output.") for output in outputs]))
-    return [_signature(spec.name, list(arguments.values()), returns), *indented(body)]
+    return [signature(spec.name, list(arguments.values()), returns), *indented(body)]
 
 
 def _by_number(contract: StepContract, spec: ProgramSpec, call: str) -> list[str]:
@@ -284,48 +272,6 @@ def _refuse_nonfinite(outputs: Sequence[TensorSpec]) -> list[str]:
         f"if not bool(results[{place['finite']}]):",
         f"    raise ValueError({json.dumps(text)}.format({values}))",
     ]
-
-
-def _batch_checks(
-    contract: StepContract, spec: ProgramSpec, arguments: dict[str, str]
-) -> list[str]:
-    lines: list[str] = []
-    where: dict[str, str] = {}
-    for item in batch_of(contract, spec):
-        value, rank = arguments[item.name], len(item.shape)
-        wrong = [f"{value}.dim() != {rank}", f"{value}.dtype != torch.{item.dtype}"]
-        wrong += [
-            f"{value}.size({d}) != {n}" for d, n in enumerate(item.shape) if not isinstance(n, str)
-        ]
-        text = f"batch tensor {item.name!r} is {{}}{{}}; expected {item.description}"
-        found = f"self.name_of_dtype({value}), {value}.size()"
-        lines += [
-            f"if {' or '.join(wrong)}:",
-            f"    raise ValueError({json.dumps(text)}.format({found}))",
-        ]
-        for d, size in enumerate(item.shape):
-            if not isinstance(size, str):
-                continue
-            if size not in where:
-                where[size] = f"{value}.size({d})"
-                least = contract.dims[size]
-                least = least if spec.name in TRAINING else min(least, 1)
-                text = f"{size} is {{}} in batch tensor {item.name!r}; it must be at least {least}"
-                wrong_size = f"{where[size]} < {least}"
-                count = contract.multiples.get(size, 1)
-                if spec.name in TRAINING and count > 1:
-                    text += f", and a multiple of {count}"
-                    wrong_size += f" or {where[size]} % {count} != 0"
-                shown = where[size]
-            else:
-                text = f"{size} is {{}} in batch tensor {item.name!r}, but {{}} in another"
-                wrong_size = f"{value}.size({d}) != {where[size]}"
-                shown = f"{value}.size({d}), {where[size]}"
-            lines += [
-                f"if {wrong_size}:",
-                f"    raise ValueError({json.dumps(text)}.format({shown}))",
-            ]
-    return lines
 
 
 def _name_of_dtype() -> list[str]:

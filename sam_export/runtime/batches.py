@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam_export.artifact.contract import TRAINING, ProgramSpec, StepContract, TensorSpec
+from sam_export.artifact.contract import BY_EXAMPLES, ProgramSpec, StepContract, TensorSpec
 from sam_export.errors import SessionError
 
 _NOT_NEGATIVE = ("lr", "rho")
 _STRIDED = "torch.strided"
+_OF_BATCH = "Batch tensor"
 
 
 def checked_batch(given: Sequence[Any], contract: StepContract, program: ProgramSpec) -> list[Any]:
@@ -39,7 +40,7 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
             that contradict each other, or a size below the smallest that the step allows.
     """
     specs = [spec for spec in contract.inputs_of(program) if spec.role in ("input", "target")]
-    call = "step" if program.name in TRAINING else program.name
+    call = "step" if program.name == "base_step" else program.name
     if contract.batch_kind == "dict":
         tensors = _by_name(given, specs, contract, call)
     else:
@@ -50,11 +51,27 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
         _collect_sizes(spec, tensor, sizes)
     for name, (size, where) in sizes.items():
         # What forbids a single example (the variance in BatchNorm) is part of training only.
-        least = contract.dims[name] if program.name in TRAINING else min(contract.dims[name], 1)
+        trains = program.name in BY_EXAMPLES
+        least = contract.dims[name] if trains else min(contract.dims[name], 1)
         _check_least(name, size, least, where)
-        if program.name in TRAINING:
+        if trains:
             _check_multiple(name, size, contract.multiples.get(name, 1), where)
     return tensors
+
+
+def check_tensor(spec: TensorSpec, tensor: Any, what: str) -> None:
+    """Checks one tensor of fixed shape by itself.
+
+    Args:
+        spec: What it has to be.
+        tensor: What was given.
+        what: How a message calls it.
+
+    Raises:
+        SessionError: It is no dense tensor, or of another dtype or shape.
+    """
+    _check_tensor(spec, tensor, what)
+    _collect_sizes(spec, tensor, {}, what)
 
 
 def contiguous(value: Any) -> NDArray[Any]:
@@ -129,40 +146,42 @@ def _by_name(
     return [batch[spec.name] for spec in specs]
 
 
-def _check_tensor(spec: TensorSpec, tensor: Any) -> None:
+def _check_tensor(spec: TensorSpec, tensor: Any, what: str = _OF_BATCH) -> None:
     is_torch = all(hasattr(tensor, name) for name in ("shape", "dtype", "detach", "layout"))
     if not is_torch and not isinstance(tensor, np.ndarray):
         raise SessionError(
-            f"Batch tensor {spec.name!r} is a {type(tensor).__name__}; expected a NumPy array or a "
+            f"{what} {spec.name!r} is a {type(tensor).__name__}; expected a NumPy array or a "
             f"torch tensor, {spec.description}. Convert it: numpy.asarray(value, "
             f"dtype={spec.dtype!r})."
         )
     if isinstance(tensor, np.ma.MaskedArray) or (is_torch and str(tensor.layout) != _STRIDED):
         raise SessionError(
-            f"Batch tensor {spec.name!r} is masked or sparse; expected a dense one, "
+            f"{what} {spec.name!r} is masked or sparse; expected a dense one, "
             f"{spec.description}. Fill it, or call to_dense()."
         )
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
         cast = f".to(torch.{spec.dtype})" if is_torch else f".astype({spec.dtype!r})"
         raise SessionError(
-            f"Batch tensor {spec.name!r} has dtype {dtype}; expected {spec.dtype}. Cast it: "
+            f"{what} {spec.name!r} has dtype {dtype}; expected {spec.dtype}. Cast it: "
             f"{spec.name}{cast}."
         )
     if len(tensor.shape) != len(spec.shape):
         raise SessionError(
-            f"Batch tensor {spec.name!r} has shape {list(tensor.shape)}, {len(tensor.shape)} "
+            f"{what} {spec.name!r} has shape {list(tensor.shape)}, {len(tensor.shape)} "
             f"dimensions; expected {len(spec.shape)}: {spec.description}."
         )
 
 
-def _collect_sizes(spec: TensorSpec, tensor: Any, sizes: dict[str, tuple[int, str]]) -> None:
+def _collect_sizes(
+    spec: TensorSpec, tensor: Any, sizes: dict[str, tuple[int, str]], what: str = _OF_BATCH
+) -> None:
     for dimension, (size, wanted) in enumerate(zip(tensor.shape, spec.shape, strict=True)):
         where = f"dimension {dimension} of {spec.name!r}"
         if isinstance(wanted, int):
             if size != wanted:
                 raise SessionError(
-                    f"Batch tensor {spec.name!r} has shape {list(tensor.shape)}; expected "
+                    f"{what} {spec.name!r} has shape {list(tensor.shape)}; expected "
                     f"{spec.description}: dimension {dimension} is {size} and must be {wanted}."
                 )
             continue

@@ -35,13 +35,18 @@ class Engine(Protocol):
         Args:
             program: ``step`` replaces the current state by the new one (unless the semantics say
                 that a step that is not finite changes nothing, and it is not); the others leave it.
-            batch: NumPy arrays or torch tensors, in the order of the program's batch inputs.
+            batch: NumPy arrays or torch tensors, in the order of the program's batch inputs; then,
+                for a stage, what else it is given (`StepContract.fed`), which may also be what
+                `run` or `current` of this engine returned.
             hyper: Keyword of the hyper-parameter (``lr``) to its float64[groups] array.
 
         Returns:
             Every output that is not state, by name, as the engine's own objects; they stay valid
             after later runs.
         """
+
+    def current(self, names: Sequence[str]) -> dict[str, Any]:
+        """The named state tensors where they are, for `run`; a step changes them."""
 
     def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Copies of the named state tensors, on the host."""

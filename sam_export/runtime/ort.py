@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sam_export.artifact.contract import (
     HYPER,
+    PART,
     SEED,
     STEP,
     ProgramSpec,
@@ -17,6 +18,7 @@ from sam_export.artifact.contract import (
     discarded_if_not_finite,
 )
 from sam_export.artifact.folder import Artifact
+from sam_export.artifact.philox import STEPS_PER_PART
 from sam_export.errors import SessionError
 from sam_export.runtime.cuda_options import CudaOptions, cuda_options
 from sam_export.runtime.detect import require_onnxruntime, require_training_build
@@ -60,15 +62,16 @@ class OrtEngine:
         self._ort = require_onnxruntime()
         names = ("memory_limit", "tf32", "cuda_graph", "allow_cpu_nodes")
         self._cuda = cuda_options(cuda, device, artifact.target, names)
-        if self._cuda.cuda_graph and artifact.contract.every > 1:
+        self._training = [spec for spec in artifact.contract.programs if spec.feeds]
+        if self._cuda.cuda_graph and len(self._training) > 1:
             raise SessionError(
-                "CudaOptions(cuda_graph=True) records one program, and periodic SAM (every="
-                f"{artifact.contract.every}) runs two. Load it without cuda_graph."
+                "CudaOptions(cuda_graph=True) records one program, and this step has several that "
+                f"train ({', '.join(spec.name for spec in self._training)}): it is periodic SAM, "
+                "or staged. Load it without cuda_graph."
             )
         self._sessions = OrtSessions(self._ort, artifact, device, threads, self._cuda)
         self._values = OrtValues(self._ort, self._sessions.kind, self._sessions.index)
         self._artifact = artifact
-        self._training = [spec for spec in artifact.contract.programs if spec.feeds]
         self._kept_back = {
             spec.feeds[output]
             for spec in self._training
@@ -130,14 +133,21 @@ class OrtEngine:
     ) -> dict[str, Any]:
         """Runs one program on the current state; see `runtime.engine.Engine`."""
         spec = self._artifact.contract.program(program)
+        self._set_hyper(hyper)
+        side = (program, *self._side.values())
+        if self._recorded is not None and spec.feeds:
+            results = self._run_recorded(self._recorded, spec, side, batch)
+        else:
+            if side not in self._bindings:
+                self._bindings[side] = self._binding(spec)
+            results = self._run(spec, self._bindings[side], batch)
         if spec.feeds:
-            return self._train(spec, batch, hyper)
-        session = self._session(program)
-        binding = session.io_binding()
-        for name in spec.inputs:
-            if name in self._current:
-                binding.bind_ortvalue_input(name, self._current[name])
-        return self._run(session, binding, spec, batch)
+            self._stepped(spec, results)
+        return results
+
+    def current(self, names: Sequence[str]) -> dict[str, Any]:
+        """The named state tensors where they are."""
+        return {name: self._current[name] for name in names}
 
     def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Copies of the named state tensors, on the host."""
@@ -155,7 +165,7 @@ class OrtEngine:
             return self._recorded.read(value)
         return np.array(value.numpy())
 
-    # -- programs that train ----------------------------------------------------------------------
+    # -- running ----------------------------------------------------------------------------------
 
     def _binding(self, spec: ProgramSpec) -> Any:
         """A new binding that reads the current state, and writes over it or into the spare."""
@@ -177,17 +187,8 @@ class OrtEngine:
                 if not self._values.share_memory:
                     value.update_inplace(buffer)
 
-    def _train(
-        self, spec: ProgramSpec, batch: Sequence[Any], hyper: Mapping[str, NDArray[Any]]
-    ) -> dict[str, Any]:
-        self._set_hyper(hyper)
-        side = (spec.name, *self._side.values())
-        if self._recorded is None:
-            if side not in self._bindings:
-                self._bindings[side] = self._binding(spec)
-            results = self._run(self._session(spec.name), self._bindings[side], spec, batch)
-        else:
-            results = self._run_recorded(self._recorded, spec, side, batch)
+    def _stepped(self, spec: ProgramSpec, results: Mapping[str, Any]) -> None:
+        """Makes the new state of a program that trains the current one."""
         for writers, names in self._swapped.items():
             if spec.name in writers:
                 for name in names:
@@ -196,14 +197,11 @@ class OrtEngine:
                 self._side[writers] = 1 - self._side[writers]
         if self._drawn_with is not None:
             self._drawn_with = self._next_draws(results["finite"])
-        return results
 
     def _run_recorded(
         self, recorded: RecordedSteps, spec: ProgramSpec, side: Any, batch: Sequence[Any]
     ) -> dict[str, Any]:
-        names = self._fed(spec)
-        sizes = symbols(self._artifact.contract.batch, batch, names)
-        inputs = {**dict(zip(names, batch, strict=True)), **self._drawn(spec.name, sizes)}
+        inputs, sizes = self._inputs(spec, batch)
         overwritten = [
             self._current[name] for name in spec.feeds.values() if name in self._overwritten
         ]
@@ -216,12 +214,8 @@ class OrtEngine:
         unguarded = STEP not in self._kept_back
         return (seed, step + 1) if unguarded or bool(self.to_numpy(finite)) else (seed, step)
 
-    def _run(
-        self, session: Any, binding: Any, spec: ProgramSpec, batch: Sequence[Any]
-    ) -> dict[str, Any]:
-        names = self._fed(spec)
-        sizes = symbols(self._artifact.contract.batch, batch, names)
-        inputs = {**dict(zip(names, batch, strict=True)), **self._drawn(spec.name, sizes)}
+    def _run(self, spec: ProgramSpec, binding: Any, batch: Sequence[Any]) -> dict[str, Any]:
+        inputs, sizes = self._inputs(spec, batch)
         # Alive until the graph has run.
         held = [self._values.bind_batch(binding, name, value) for name, value in inputs.items()]
         results = {}
@@ -229,20 +223,22 @@ class OrtEngine:
             if output.name not in spec.feeds:
                 results[output.name] = self._values.room(output, sizes)
                 binding.bind_ortvalue_output(output.name, results[output.name])
-        session.run_with_iobinding(binding)
+        self._session(spec.name).run_with_iobinding(binding)
         del held
         return results
 
-    def _fed(self, spec: ProgramSpec) -> list[str]:
-        """Names of a program's batch inputs."""
-        fed = {item.name for item in self._artifact.contract.batch}
-        return [name for name in spec.inputs if name in fed]
-
-    def _drawn(self, program: str, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-        """The random inputs of a program in this step."""
-        if self._drawn_with is None:
-            return {}
-        return self._random.values(program, *self._drawn_with, sizes)
+    def _inputs(
+        self, spec: ProgramSpec, batch: Sequence[Any]
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        """What a program is fed in this step, random numbers too; and its symbolic sizes."""
+        names = [item.name for item in self._artifact.contract.fed(spec)]
+        inputs = dict(zip(names, batch, strict=True))
+        sizes = symbols(self._artifact.contract.batch, batch, names)
+        if self._drawn_with is not None:
+            seed, step = self._drawn_with
+            step += int(inputs.get(PART, 0)) * STEPS_PER_PART
+            inputs |= self._random.values(spec.name, seed, step, sizes)
+        return inputs, sizes
 
     def _session(self, program: str) -> Any:
         words = tuple(

@@ -146,6 +146,10 @@ class OrtArtifactsEngine:
         self._module.lazy_reset_grad()
         return dict(zip(self._names, results, strict=True))
 
+    def current(self, names: Sequence[str]) -> dict[str, Any]:
+        """The named state tensors; a step in stages, which asks for them, has no such artifact."""
+        return dict(self.read(names))
+
     def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Copies of the named state tensors, on the host."""
         specs = {item.name: item for item in self._artifact.contract.state}

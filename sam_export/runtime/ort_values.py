@@ -50,8 +50,11 @@ class OrtValues:
         """Binds a tensor of the batch as an input; returns what has to stay alive while it runs.
 
         A torch tensor on the very device is read where it is: torch's stream is waited for, since
-        ONNX Runtime has one of its own.
+        ONNX Runtime has one of its own. So is an ``OrtValue``.
         """
+        if isinstance(value, self._ort.OrtValue):
+            binding.bind_ortvalue_input(name, value)
+            return value
         if self._is_here(value):
             import torch
 

@@ -31,12 +31,13 @@ from sam_export.runtime.batches import checked_batch, merged_hyper
 from sam_export.runtime.eager_exchange import Progress, read_eager, write_eager
 from sam_export.runtime.engine import Engine
 from sam_export.runtime.model_file import write_model
+from sam_export.runtime.stages import StagedCalls
 
 if TYPE_CHECKING:
     import torch
 
 
-class Session:
+class Session(StagedCalls):
     """Training state on a device, and the programs that run on it.
 
     `sam_export.load` makes sessions. Everything that is fed is checked against the contract first;
@@ -157,9 +158,7 @@ class Session:
                 f"{float(result.perturbation_norm):g}); nothing was changed. Look at the batch, or "
                 "lower lr or rho."
             )
-        self._set_hyper(values)
-        self._step_count += 1
-        self._number += 1
+        self._stepped(values)
         return result
 
     def evaluate(self, *inputs: Any, average: bool = False) -> Any:
@@ -311,6 +310,12 @@ class Session:
         metrics = {name: value(name) for name in METRICS}
         metrics |= {n: value(n) for n in (CLIPPED_METRIC, SCALED_METRIC) if n in results}
         return StepResult(**metrics, outputs=outputs, stages=stages)
+
+    def _stepped(self, hyper: Mapping[str, tuple[float, ...]]) -> None:
+        """Keeps the hyper-parameters of a step that is done, and counts it."""
+        self._set_hyper(hyper)
+        self._step_count += 1
+        self._number += 1
 
     def _set_hyper(self, values: Mapping[str, tuple[float, ...]]) -> None:
         self._hyper = dict(values)

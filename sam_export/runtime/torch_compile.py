@@ -43,9 +43,7 @@ class TorchCompileEngine(FlatTorchEngine):
         return RecordedProgram(program, partial(self._before_run, spec))
 
     def _before_run(self, spec: ProgramSpec, batch: Sequence[Tensor]) -> None:
-        fed = {item.name: item for item in self._artifact.contract.batch}
-        names = [name for name in spec.inputs if name in fed]
-        for name, tensor in zip(names, batch, strict=True):
-            for dim, size in enumerate(fed[name].shape):
+        for item, tensor in zip(self._artifact.contract.fed(spec), batch, strict=True):
+            for dim, size in enumerate(item.shape):
                 if isinstance(size, str) and tensor.shape[dim] > 1:
                     inductor.mark_dynamic(tensor, dim)

@@ -163,13 +163,14 @@ class FlatTorchEngine(TorchEngine):
         names = [output.name for output in spec.outputs if output.name not in spec.feeds]
         return dict(zip(names, results, strict=True))
 
+    def current(self, names: Sequence[str]) -> dict[str, Any]:
+        """The named state tensors where they are."""
+        shapes: dict[str, Any] = {spec.name: spec.shape for spec in self._artifact.contract.state}
+        return {name: self._state[name].reshape(shapes[name]) for name in names}
+
     def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Copies of the named state tensors, on the host."""
-        shapes = {spec.name: spec.shape for spec in self._artifact.contract.state}
-        return {
-            name: np.array(self._state[name].cpu().numpy()).reshape(shapes[name])  # type: ignore[arg-type]
-            for name in names
-        }
+        return {name: self.to_numpy(value) for name, value in self.current(names).items()}
 
     def _program(self, spec: ProgramSpec) -> Program:
         raise NotImplementedError

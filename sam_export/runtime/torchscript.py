@@ -70,6 +70,10 @@ class TorchScriptEngine(TorchEngine):
         names = [output.name for output in spec.outputs if output.name not in spec.feeds]
         return dict(zip(names, results, strict=True))
 
+    def current(self, names: Sequence[str]) -> dict[str, Any]:
+        """The named state tensors where they are."""
+        return {name: self._held[name] for name in names}
+
     def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Copies of the named state tensors, on the host."""
         return {name: self.to_numpy(self._held[name]) for name in names}

@@ -78,11 +78,12 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
     Returns:
         A scalar; its dtype is the widest of the gradients' and float32.
     """
-    norm: Tensor = torch.linalg.vector_norm(_norms(grads))
+    norm: Tensor = torch.linalg.vector_norm(norms_of(grads))
     return norm
 
 
-def _norms(grads: Sequence[Tensor]) -> Tensor:
+def norms_of(grads: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each gradient, a vector, as `global_norm` gathers them."""
     dtype = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
     return torch.stack(
         [torch.linalg.vector_norm(g, dtype=dtype).to(grads[0].device) for g in grads]
@@ -163,18 +164,13 @@ def two_passes(
     at("ascent")
     loss, gradients, outputs = mean_gradient(objectives, parameters, ascent_buffers, names, scaler)
     at("perturb")
-    gradients = _with_decay(gradients, parameters, groups, semantics)
-    norms = _norms(list(gradients.values()))
-    grad_norm = torch.linalg.vector_norm(norms)
-    directions, memory = kind.variant.ascended(gradients, memory, started)
-    length = grad_norm
-    if directions is not gradients:
-        norms = _norms(list(directions.values()))
-        length = torch.linalg.vector_norm(norms)
     if kind.ascent_steps > 1:
         rho = [value / kind.ascent_steps for value in rho]
-    move = functools.partial(_perturbed, groups=groups, rho=rho, semantics=semantics, kind=kind)
-    perturbed, eps, perturbation_norm = move(parameters, directions, norms, length)
+    first = first_move(
+        parameters, gradients, groups, rho, semantics, kind=kind, memory=memory, started=started
+    )
+    perturbed, eps, perturbation_norm = first.parameters, first.eps, first.norm
+    gradients, grad_norm, memory = first.gradients, first.grad_norm, first.memory
     if semantics.running_stats == "both":
         descent_buffers = ascent_buffers
     else:
@@ -183,19 +179,21 @@ def two_passes(
         at("ascent")
         _, further, _ = mean_gradient(objectives, perturbed, descent_buffers, names, scaler)
         at("perturb")
-        further = _with_decay(further, perturbed, groups, semantics)
-        norms = _norms(list(further.values()))
+        further = with_decay(further, perturbed, groups, semantics)
+        norms = norms_of(list(further.values()))
         length = torch.linalg.vector_norm(norms)
-        perturbed, more, _ = move(perturbed, further, norms, length)
+        perturbed, more, _ = _perturbed(
+            perturbed, further, norms, length, groups, rho, semantics, kind
+        )
         eps = {name: value + more[name] for name, value in eps.items()}
     if kind.ascent_steps > 1:
         perturbation_norm = global_norm(list(eps.values()))
     if stages is not None:
-        for name, direction in directions.items():
+        for name, direction in first.directions.items():
             stages[f"g.{name}"] = direction
             stages[f"eps.{name}"] = perturbed[name] - parameters[name]
 
-    del directions, eps  # eager needs their room
+    del first, eps  # eager needs their room
     plain = type(kind.variant).descended is Variant.descended
     if plain and not semantics.perturbs_each_part:
         gradients = {}
@@ -228,6 +226,66 @@ def two_passes(
         ascended=gradients,
         memory=memory,
     )
+
+
+@dataclass(frozen=True)
+class Move:
+    """The way from ``w`` to ``w + eps_w``.
+
+    Attributes:
+        parameters: All parameters, those with a gradient moved.
+        eps: ``eps_w`` by parameter name.
+        norm: Global L2 norm of ``eps_w``.
+        gradients: The gradient at ``w``, with the weight decay's if that is ascended, too.
+        grad_norm: Its global L2 norm.
+        directions: What is ascended: the gradient, or what the variant makes of it.
+        memory: What the variant keeps, after this.
+    """
+
+    parameters: dict[str, Tensor]
+    eps: dict[str, Tensor]
+    norm: Tensor
+    gradients: dict[str, Tensor]
+    grad_norm: Tensor
+    directions: Mapping[str, Tensor]
+    memory: Memory
+
+
+def first_move(
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    rho: Sequence[float | Tensor],
+    semantics: Semantics,
+    kind: Kind = SAM_ITSELF,
+    memory: Memory = _NOTHING,
+    started: Tensor | None = None,
+) -> Move:
+    """From the gradient at ``w`` to ``w + eps_w``: the lines of `two_passes` in between.
+
+    Args:
+        parameters: All parameters by name.
+        gradients: The gradient of the loss at ``w``, by parameter name.
+        groups: The parameters to train.
+        rho: Radius of each group.
+        semantics: Whether decay is ascended, which norm.
+        kind: Which SAM it is.
+        memory: What ``kind.variant`` keeps.
+        started: As in `two_passes`.
+    """
+    gradients = with_decay(gradients, parameters, groups, semantics)
+    norms = norms_of(list(gradients.values()))
+    grad_norm = torch.linalg.vector_norm(norms)
+    directions, memory = kind.variant.ascended(gradients, memory, started)
+    length = grad_norm
+    if directions is not gradients:
+        norms = norms_of(list(directions.values()))
+        length = torch.linalg.vector_norm(norms)
+    perturbed, eps, norm = _perturbed(
+        parameters, directions, norms, length, groups, rho, semantics, kind
+    )
+    norm = norm.to(grad_norm.dtype)
+    return Move(perturbed, eps, norm, gradients, grad_norm, directions, memory)
 
 
 def one_pass(
@@ -280,7 +338,7 @@ def one_pass(
     )
 
 
-def _with_decay(
+def with_decay(
     gradients: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
     groups: Sequence[Group],

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sam_export.step.batch import BatchLayout
 from sam_export.step.draws import Draws
-from sam_export.step.gradient import Objective
+from sam_export.step.gradient import Objective, Parts
 from sam_export.step.hyper import group_key
 from sam_export.step.loss_scaling import Scaler
 from sam_export.step.micro_batches import perturbed_passes
-from sam_export.step.passes import Passes, one_pass
+from sam_export.step.passes import Group, Passes, one_pass
 from sam_export.step.update import Slots, apply_update
 from sam_export.step.variants.variant import Memory
 
@@ -68,10 +68,45 @@ def pure_step(
         Both passes (losses, norms, new buffers), the new parameters and the new slots. They
         hold the update whether or not ``passes.finite``: what to do then is the caller's part.
     """
+    groups = groups_with(step, hyper)
+    objectives = watched_objectives(step, layout, values, watch)
+    begin = told(at, draws)
+    with torch.no_grad(), draws or contextlib.nullcontext():
+        if perturbed:
+            passes = perturbed_passes(
+                objectives, parameters, buffers, groups, list(hyper["rho"].unbind()),
+                step.semantics, at=begin, stages=stages, kind=step.optimizer.kind,
+                memory=memory or {}, started=started, scaler=scaler,
+            )  # fmt: skip
+        else:
+            passes = one_pass(
+                objectives, parameters, buffers, groups, step.semantics,
+                at=begin, kind=step.optimizer.kind, memory=memory or {}, scaler=scaler,
+            )  # fmt: skip
+        begin("update")
+        updated, new_slots = base_update(
+            step, groups, parameters, passes.gradients, slots, hyper,
+            started if starts_specially else None,
+        )  # fmt: skip
+    return passes, updated, new_slots
+
+
+def groups_with(step: TrainStep, hyper: Mapping[str, Tensor]) -> list[Group]:
+    """The parameter groups; their weight decay is that of ``hyper``, where it is one of these."""
     groups = step.groups()
     if "weight_decay" in hyper:
         decays = hyper["weight_decay"].unbind()
         groups = [replace(g, weight_decay=d) for g, d in zip(groups, decays, strict=True)]
+    return groups
+
+
+def watched_objectives(
+    step: TrainStep,
+    layout: BatchLayout,
+    values: Sequence[Tensor],
+    watch: Callable[[Tensor], None],
+) -> Parts:
+    """The loss of each part of a batch, in order; ``watch`` is shown each loss."""
 
     def watched(objective: Objective) -> Objective:
         def evaluate(
@@ -87,42 +122,51 @@ def pure_step(
 
         return evaluate
 
-    objectives = step.objectives(layout, values, watched, in_order=True)
+    return step.objectives(layout, values, watched, in_order=True)
+
+
+def told(at: Callable[[str], None], draws: Draws | None) -> Callable[[str], None]:
+    """Tells the name of a stage to ``at`` and to where random numbers come from."""
 
     def begin(stage: str) -> None:
         at(stage)
         if draws is not None:
             draws.at(stage)
 
-    with torch.no_grad(), draws or contextlib.nullcontext():
-        if perturbed:
-            passes = perturbed_passes(
-                objectives, parameters, buffers, groups, list(hyper["rho"].unbind()),
-                step.semantics, at=begin, stages=stages, kind=step.optimizer.kind,
-                memory=memory or {}, started=started, scaler=scaler,
-            )  # fmt: skip
-        else:
-            passes = one_pass(
-                objectives, parameters, buffers, groups, step.semantics,
-                at=begin, kind=step.optimizer.kind, memory=memory or {}, scaler=scaler,
-            )  # fmt: skip
-        begin("update")
-        names = [list(group.names) for group in groups]
-        trained = {name: parameters[name] for part in names for name in part}
-        updated, new_slots = apply_update(
-            step.optimizer.base_optimizer,
-            trained,
-            passes.gradients,
-            slots,
-            names,
-            [
-                {
-                    group_key(step.optimizer, name): value[i]
-                    for name, value in hyper.items()
-                    if name != "rho"
-                }
-                for i in range(len(groups))
-            ],
-            started if starts_specially else None,
-        )
-    return passes, updated, new_slots
+    return begin
+
+
+def base_update(
+    step: TrainStep,
+    groups: Sequence[Group],
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    slots: Slots,
+    hyper: Mapping[str, Tensor],
+    started: Tensor | None,
+) -> tuple[dict[str, Tensor], Slots]:
+    """The base optimizer's update: new parameters and slots; see `apply_update`.
+
+    Args:
+        step: Whose base optimizer.
+        groups: Names of the trained parameters.
+        parameters: All parameters by name.
+        gradients: What the optimizer gets, by parameter name.
+        slots: Its state by parameter name and slot key.
+        hyper: As in `pure_step`.
+        started: 0 before the first update, where that is a special one for the optimizer.
+    """
+    names = [list(group.names) for group in groups]
+    own = {name: value for name, value in hyper.items() if name != "rho"}
+    return apply_update(
+        step.optimizer.base_optimizer,
+        {name: parameters[name] for part in names for name in part},
+        gradients,
+        slots,
+        names,
+        [
+            {group_key(step.optimizer, name): value[i] for name, value in own.items()}
+            for i in range(len(groups))
+        ],
+        started,
+    )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,37 +12,36 @@ from sam_export._compat import origins
 from sam_export.artifact import tree
 from sam_export.artifact.contract import (
     AVERAGE,
-    GROWTH_TRACKER,
+    BY_EXAMPLES,
     HYPER,
     NEXT,
-    SCALE,
     SCALED_METRIC,
     SEED,
     STAGE,
+    STAGES,
     STARTED,
     STEP,
     TRAINING,
     HyperSpec,
     ProgramSpec,
-    Role,
     StepContract,
     TensorSpec,
     metrics_of,
 )
-from sam_export.artifact.philox import EVALUATION
 from sam_export.errors import CaptureError
 from sam_export.step.batch import BatchLayout, unwrapped
-from sam_export.step.call import call_with
 from sam_export.step.draws import Draws
 from sam_export.step.hyper import baked_of
-from sam_export.step.loss_scaling import Scaler
-from sam_export.step.mixed_precision import autocast_name, widened
+from sam_export.step.mixed_precision import autocast_name
 from sam_export.step.perturbation import name_of
+from sam_export.step.staged import check_staged
 from sam_export.step.train_step import TrainStep
 from sam_export.tracing.captured_step import BaseOptimizer, CapturedStep
 from sam_export.tracing.checks import refuse_mutation, refuse_other_state, refuse_wrong_flow
 from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
+from sam_export.tracing.evaluations import Evaluations
 from sam_export.tracing.losses import TraceableLosses
+from sam_export.tracing.new_state import Produced, new_state, scaler_of
 from sam_export.tracing.randomness import (
     drawn_nodes,
     frozen_draws_refused,
@@ -53,6 +50,7 @@ from sam_export.tracing.randomness import (
     share_dropout_factors,
 )
 from sam_export.tracing.sizes import multiples_of, smallest_sizes
+from sam_export.tracing.staged import Stages
 from sam_export.tracing.state import StateLayout, dtype_name, memory_name, state_layout
 from sam_export.tracing.surroundings import eval_mode, kernels
 from sam_export.tracing.trace import exported, traced
@@ -68,6 +66,7 @@ def capture(
     portable: bool = True,
     stages: bool = False,
     dynamic_hyper: Collection[str] = (),
+    staged: bool = False,
 ) -> CapturedStep:
     """Traces one whole SAM step into one functional ATen graph.
 
@@ -88,13 +87,17 @@ def capture(
         dynamic_hyper: Numeric options of the base optimizer, besides ``lr``, that are graph inputs
             too: ``{"weight_decay", "momentum"}``. The graph computes with them, 0 or not (a buffer
             of momentum 0 is the gradient). Others are constants, which a session refuses to change.
+        staged: Whether there are also the programs ``ascent``, ``descent`` and ``update``: the step
+            in three stages, between which gradients can be accumulated or averaged between
+            machines (`Session.ascent`).
 
     Returns:
         The programs ``step``, ``evaluate`` (outputs in eval mode) and ``evaluate_loss``; with
         periodic SAM also ``base_step``, the step of one pass.
 
     Raises:
-        StepConfigError: The batch, the loss or the optimizer do not make a step.
+        StepConfigError: The batch, the loss or the optimizer do not make a step, or one that has no
+            three stages.
         CaptureError: The model branches on values, reads them into Python, or cannot be traced.
     """
     if not step.model.training:
@@ -102,6 +105,8 @@ def capture(
             f"{type(step.model).__name__} is in eval mode; a training step would have no dropout "
             "and frozen BatchNorm. Call model.train() before capture."
         )
+    if staged:
+        check_staged(step)
     now = step.hyper(list(dict.fromkeys(["lr", "rho", *dynamic_hyper])))
     hyper = tuple(HyperSpec(name, tuple(values)) for name, values in now.items())
     batch = unwrapped(example_batch)
@@ -114,11 +119,7 @@ def capture(
     with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
         state = state_layout(step, layout, values)
         how = (multiples, return_outputs, portable, stages, hyper)
-        return _Capture(step, layout, values, dims, state, *how).run()
-
-
-Produced = tuple[str, Role, Tensor]
-"""One output of a traced function: its name, role and (fake) value."""
+        return _Capture(step, layout, values, dims, state, *how).run(staged)
 
 
 class _Capture:
@@ -147,12 +148,12 @@ class _Capture:
         self.portable = portable
         self.stages = stages
         self.hyper = hyper
-        self.output_tree: Any = None
         self.drew = False
         self.programs: dict[str, torch.export.ExportedProgram] = {}
         self.specs: list[ProgramSpec] = []
+        self.carried: tuple[TensorSpec, ...] = ()
 
-    def run(self) -> CapturedStep:
+    def run(self, staged: bool) -> CapturedStep:
         batch = tuple(
             TensorSpec(
                 name,
@@ -167,16 +168,18 @@ class _Capture:
         rest = {spec.name for spec in now if AVERAGE + spec.name not in averaged}
         average = [spec for spec in self.state.specs if spec.name in averaged | rest]
         inputs = len(self.layout.inputs)
+        of = Evaluations(self.step, self.layout, self.state)
         with eval_mode(self.step.model):
             if averaged:
-                self._trace("evaluate_loss_average", average, (), self._evaluate_loss, len(batch))
-                self._trace("evaluate_average", average, (), self._evaluate, inputs)
-            self._trace("evaluate", now, (), self._evaluate, inputs)
-            self._trace("evaluate_loss", now, (), self._evaluate_loss, len(batch))
+                self._trace("evaluate_loss_average", average, (), of.loss, len(batch))
+                self._trace("evaluate_average", average, (), of.outputs, inputs)
+            self._trace("evaluate", now, (), of.outputs, inputs)
+            self._trace("evaluate_loss", now, (), of.loss, len(batch))
         periodic = self.step.optimizer.every > 1
         names = ("base_step", "step") if periodic else ("step",)
         for name in names:
             graph = self._trace(name, self.state.specs, self.hyper, self._step(name), len(batch))
+        stages = self._trace_stages() if staged else []
         if not self.drew:
             self.state = self.state.without([SEED] if periodic else [SEED, STEP])
         contract = StepContract(
@@ -188,8 +191,9 @@ class _Capture:
                 self.step, self.layout, self.state, self.values, self.dims, self.multiples
             ),
             multiples=self.multiples,
-            programs=tuple(reversed(self.specs)),
-            output_tree=self.output_tree,
+            carried=self.carried,
+            programs=(*reversed(self.specs), *stages),
+            output_tree=of.output_tree,
             groups=tuple(tuple(group.names) for group in self.step.groups()),
             optimizer=type(self.step.optimizer.base_optimizer).__name__,
             baked=tuple(baked_of(self.step.optimizer, [spec.name for spec in self.hyper])),
@@ -207,7 +211,7 @@ class _Capture:
         return CapturedStep(
             contract=contract,
             semantics=self.step.semantics,
-            programs=dict(reversed(self.programs.items())),
+            programs={spec.name: self.programs[spec.name] for spec in contract.programs},
             state={name: value.numpy() for name, value in self.state.values.items()},
             random_ops=tuple(str(node.target) for node in random_nodes(graph.graph)),
             portable=self.portable,
@@ -220,31 +224,7 @@ class _Capture:
             ),
         )
 
-    # -- the three functions that are traced: flat tensors by name -> (name, role, tensor) --------
-
-    def _evaluate(self, given: Mapping[str, Tensor]) -> list[Produced]:
-        with self._draws_of_evaluation(given), self.step.autocasting():
-            inputs = [given[name] for name in self.layout.inputs]
-            model = self.step.model
-            outputs = call_with(
-                model, self._model_state(given), lambda: self.layout.call(model, inputs), False
-            )
-        if self.step.autocast is not None:
-            outputs = widened(outputs)
-        leaves, self.output_tree = tree.flatten(outputs)
-        return [(name, "output", leaf) for name, leaf in leaves]
-
-    def _evaluate_loss(self, given: Mapping[str, Tensor]) -> list[Produced]:
-        objective = self.step.objective(self.layout, [given[name] for name in self.layout.names])
-        parameters, buffers = self.state.split(self._without_averages(given))
-        with torch.enable_grad():  # the objective checks that the loss depends on a parameter
-            leaves = {name: value.detach() for name, value in parameters.items()}
-            for name in self.state.trained:
-                leaves[name].requires_grad_()
-            own = {name: value.clone() for name, value in buffers.items()}
-            with self._draws_of_evaluation(given):
-                loss = objective(leaves, own, lambda loss, _: loss)
-        return [("loss", "metric", loss.detach())]
+    # -- the functions that are traced: flat tensors by name -> (name, role, tensor) --------
 
     def _step(self, program: str) -> Callable[[Mapping[str, Tensor]], list[Produced]]:
         """The function of a program that trains."""
@@ -252,10 +232,13 @@ class _Capture:
 
         def function(given: Mapping[str, Tensor]) -> list[Produced]:
             paths = origins.ModulePaths(self.step.model)
-            draws = self._draws(given, same=self.step.semantics.randomness == "same")
+            draws = None
+            if SEED in given:
+                same = self.step.semantics.randomness == "same"
+                draws = Draws(given[SEED], given[STEP], same)
             parameters, buffers = self.state.split(given)
             stages: dict[str, Tensor] | None = {} if self.stages and perturbed else None
-            scaler = self._scaler(given)
+            scaler = scaler_of(self.step, given)
             with paths.recording():
                 passes, updated, slots = self.step.pure(
                     parameters,
@@ -289,47 +272,32 @@ class _Capture:
                 for name, own in passes.memory.items()
                 for key, value in own.items()
             }
-            if self.step.ema is not None:
-                averages = self.step.ema.after(self.state.averages(given), after)
-                after |= {AVERAGE + name: value for name, value in averages.items()}
-            if STARTED in given:
-                after[STARTED] = given[STARTED].clamp(min=1)  # a reader: it is written last
-            if scaler is not None:
-                after[SCALE], after[GROWTH_TRACKER] = scaler.after(passes.finite)
-            if SEED in given:
-                after[SEED] = given[SEED]
-            if STEP in given:
-                after[STEP] = given[STEP] + 1
-            return result + [
-                (NEXT + spec.name, spec.role, after[spec.name]) for spec in self.state.specs
-            ]
+            return result + new_state(self.step, self.state, given, after, passes.finite, scaler)
 
         return function
 
-    @staticmethod
-    def _without_averages(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a program that evaluates the average: that as the model's own state."""
-        return {name.removeprefix(AVERAGE): value for name, value in given.items()}
-
-    def _model_state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parameters, buffers = self.state.split(self._without_averages(given))
-        return {**parameters, **{name: value.clone() for name, value in buffers.items()}}
-
-    def _scaler(self, given: Mapping[str, Tensor]) -> Scaler | None:
-        if self.step.loss_scaling is None:
-            return None
-        return Scaler(self.step.loss_scaling, given[SCALE], given[GROWTH_TRACKER])
-
-    def _draws(
-        self, given: Mapping[str, Tensor], same: bool, first_stream: int = 0
-    ) -> Draws | None:
-        if SEED not in given:
-            return None
-        return Draws(given[SEED], given[STEP], same, first_stream)
-
-    def _draws_of_evaluation(self, given: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
-        draws = self._draws(given, same=False, first_stream=EVALUATION)
-        return draws or contextlib.nullcontext()
+    def _trace_stages(self) -> list[ProgramSpec]:
+        """The three stages as programs, and what goes from one to the next."""
+        moved = {state for spec in self.specs for state in spec.feeds.values()}
+        stages = Stages(self.step, self.layout, self.state, self.hyper, self.return_outputs, moved)
+        drawn: list[str] = []
+        for name in STAGES:
+            graph = self._trace(
+                name,
+                stages.state(name),
+                stages.hyper(name),
+                stages.function(name),
+                0 if name == "update" else len(self.layout.names),
+                stages.carried(name),
+                stages.values(stages.carried(name)),
+            )
+            drawn += [str(node.target) for node in random_nodes(graph.graph)]
+        specs = self.specs[-len(STAGES) :]
+        del self.specs[-len(STAGES) :]
+        stages.check({spec.name: spec for spec in specs}, drawn)
+        read = {name for spec in specs for name in spec.inputs}
+        self.carried = tuple(spec for spec in stages.all_carried if spec.name in read)
+        return specs
 
     # -- tracing ----------------------------------------------------------------------------------
 
@@ -340,6 +308,8 @@ class _Capture:
         hyper: Sequence[HyperSpec],
         function: Callable[[Mapping[str, Tensor]], list[Produced]],
         batch_count: int,
+        carried: Sequence[TensorSpec] = (),
+        carried_values: Sequence[Tensor] = (),
     ) -> torch.fx.GraphModule:
         names = [spec.name for spec in state] + [HYPER + spec.name for spec in hyper]
         arguments = [self.state.values[spec.name] for spec in state] + [
@@ -349,9 +319,12 @@ class _Capture:
         names += self.layout.names[:batch_count]
         arguments += self.values[:batch_count]
         marks += self.dims[:batch_count]
+        names += [spec.name for spec in carried]
+        arguments += carried_values
+        marks += [{} for _ in carried]
         produced: list[Produced] = []
         # Only what trains goes through the model part by part.
-        multiples = self.multiples if name in TRAINING else {}
+        multiples = self.multiples if name in BY_EXAMPLES else {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             produced[:] = function(dict(zip(names, tensors, strict=True)))
@@ -359,7 +332,7 @@ class _Capture:
 
         graph_module, symbols = traced(flat, arguments, marks, multiples)
         semantics = self.step.semantics
-        trains = name in TRAINING
+        trains = name in (*TRAINING, "update")
         if name == "step" and (semantics.generator, semantics.randomness) == ("torch", "same"):
             share_draws(graph_module)
         share_dropout_factors(graph_module)
@@ -370,7 +343,10 @@ class _Capture:
         unread = set() if draws or (trains and self.drew) else {SEED, STEP}
         if trains and self.step.optimizer.every > 1:
             unread -= {STEP}
-        kept = drop_unchanged(graph_module, names, [name for name, _, _ in produced], unread)
+        spare = set(names) - set(self.layout.names) if name in STAGES else set()
+        kept, unread = drop_unchanged(
+            graph_module, names, [name for name, _, _ in produced], unread, spare
+        )
         places = [index for index, name in enumerate(names) if name not in unread]
         names = [names[place] for place in places]
         arguments = [arguments[place] for place in places]

@@ -51,7 +51,7 @@ def in_place(
         # A model may return its own state, which the writes below change.
         kept = [
             results[index].clone()
-            if spec.outputs[index].role in ("output", "stage")
+            if spec.outputs[index].role in ("output", "stage", "running")
             else results[index]
             for index in reported
         ]

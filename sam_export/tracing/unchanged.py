@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -14,7 +14,8 @@ def drop_unchanged(
     inputs: Sequence[str],
     outputs: Sequence[str],
     unread: set[str],
-) -> list[bool]:
+    spare: Collection[str] = (),
+) -> tuple[list[bool], set[str]]:
     """Removes new-state outputs that are just their input, and state that is of no use.
 
     Args:
@@ -22,9 +23,10 @@ def drop_unchanged(
         inputs: Names of its inputs.
         outputs: Names of its outputs.
         unread: State to remove, input and output.
+        spare: Inputs to remove if the graph does not read them.
 
     Returns:
-        For every output, whether it is kept.
+        For every output, whether it is kept; and the names of the inputs that were removed.
     """
     graph = graph_module.graph
     placeholders = dict(zip(inputs, graph.find_nodes(op="placeholder"), strict=True))
@@ -40,7 +42,10 @@ def drop_unchanged(
     ]
     result.args = ([value for value, keep in zip(result.args[0], kept, strict=True) if keep],)
     graph.eliminate_dead_code()
-    for name in unread & placeholders.keys():
+    fed = {name[len(NEXT) :] for name, keep in zip(outputs, kept, strict=True) if keep}
+    removed = unread & placeholders.keys()
+    removed |= {n for n in spare if not placeholders[n].users and n not in fed}
+    for name in removed:
         graph.erase_node(placeholders[name])
     graph_module.recompile()
-    return kept
+    return kept, removed
