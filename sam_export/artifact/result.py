@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,37 @@ class DeviceValue:
 
     def __repr__(self) -> str:
         return repr(self.numpy())
+
+
+class DeviceValues(Mapping[str, DeviceValue]):
+    """Values that an engine has computed, by name; each is read when asked for.
+
+    Args:
+        raws: The engine's own objects.
+        read: Reads one of them.
+    """
+
+    __slots__ = ("_read", "raws")
+
+    def __init__(self, raws: dict[str, Any], read: Callable[[Any], NDArray[Any]]) -> None:
+        self.raws = raws
+        self._read = read
+
+    def is_read_by(self, read: Callable[[Any], NDArray[Any]]) -> bool:
+        """Whether it was made by the engine whose ``to_numpy`` this is."""
+        return self._read == read
+
+    def __getitem__(self, name: str) -> DeviceValue:
+        return DeviceValue(self.raws[name], self._read)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.raws)
+
+    def __len__(self) -> int:
+        return len(self.raws)
+
+    def __repr__(self) -> str:
+        return f"DeviceValues of {', '.join(self.raws)}"
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,14 @@ class OrtEngine:
         self._sessions = OrtSessions(self._ort, artifact, device, threads, self._cuda)
         self._values = OrtValues(self._ort, self._sessions.kind, self._sessions.index)
         self._artifact = artifact
+        self._reported = {
+            spec.name: [output for output in spec.outputs if output.name not in spec.feeds]
+            for spec in artifact.contract.programs
+        }
+        self._fed = {
+            spec.name: [item.name for item in artifact.contract.fed(spec)]
+            for spec in artifact.contract.programs
+        }
         self._kept_back = {
             spec.feeds[output]
             for spec in self._training
@@ -219,10 +227,9 @@ class OrtEngine:
         # Alive until the graph has run.
         held = [self._values.bind_batch(binding, name, value) for name, value in inputs.items()]
         results = {}
-        for output in spec.outputs:
-            if output.name not in spec.feeds:
-                results[output.name] = self._values.room(output, sizes)
-                binding.bind_ortvalue_output(output.name, results[output.name])
+        for output in self._reported[spec.name]:
+            results[output.name] = self._values.room(output, sizes)
+            binding.bind_ortvalue_output(output.name, results[output.name])
         self._session(spec.name).run_with_iobinding(binding)
         del held
         return results
@@ -231,7 +238,7 @@ class OrtEngine:
         self, spec: ProgramSpec, batch: Sequence[Any]
     ) -> tuple[dict[str, Any], dict[str, int]]:
         """What a program is fed in this step, random numbers too; and its symbolic sizes."""
-        names = [item.name for item in self._artifact.contract.fed(spec)]
+        names = self._fed[spec.name]
         inputs = dict(zip(names, batch, strict=True))
         sizes = symbols(self._artifact.contract.batch, batch, names)
         if self._drawn_with is not None:

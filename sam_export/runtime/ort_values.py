@@ -12,6 +12,21 @@ from numpy.typing import NDArray
 from sam_export.artifact.contract import TensorSpec
 from sam_export.runtime.batches import contiguous
 
+_TYPES = {
+    name: np.dtype(name).type
+    for name in (
+        "float16",
+        "float32",
+        "float64",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "bool",
+    )
+}
+
 
 class OrtValues:
     """Makes values on one device.
@@ -43,7 +58,7 @@ class OrtValues:
         """
         shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         return self._ort.OrtValue.ortvalue_from_shape_and_type(
-            shape, np.dtype(spec.dtype).type, self.kind, self.index
+            shape, _TYPES[spec.dtype], self.kind, self.index
         )
 
     def bind_batch(self, binding: Any, name: str, value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +13,23 @@ from sam_export.artifact.contract import (
     CLIPPED_METRIC,
     GRADIENT,
     MOVED,
+    PART,
     PERTURBED_GRADIENT,
     RUNNING,
     SCALED_METRIC,
+    STAGES,
     ProgramSpec,
     StepContract,
     TensorSpec,
 )
 from sam_export.artifact.philox import STEPS_PER_PART
-from sam_export.artifact.result import AscentResult, DescentResult, DeviceValue, UpdateResult
+from sam_export.artifact.result import (
+    AscentResult,
+    DescentResult,
+    DeviceValue,
+    DeviceValues,
+    UpdateResult,
+)
 from sam_export.artifact.tree import unflatten
 from sam_export.errors import SessionError
 from sam_export.runtime.batches import check_tensor, checked_batch, merged_hyper
@@ -80,7 +90,7 @@ class StagedCalls:
         """
         spec = self._program("ascent")
         tensors = checked_batch(batch, self.contract, spec)
-        results = self._run(spec, tensors + self._given(spec, part, buffers), self._hyper)
+        results = self._run(spec, tensors + self._given(spec, part, buffers=buffers), self._hyper)
         leaves = [o.name for o in spec.outputs if o.role == "output"]
         outputs = [self._value(results[name]) for name in leaves]
         return AscentResult(
@@ -118,16 +128,16 @@ class StagedCalls:
         spec = self._program("descent")
         tensors = checked_batch(batch, self.contract, spec)
         values = merged_hyper(self._hyper, hyper, self.contract) if hyper else self._hyper
-        given = self._given(spec, part, buffers, {GRADIENT: gradients})
+        given = self._given(spec, part, buffers=buffers, gradients=gradients)
         results = self._run(spec, tensors + given, values)
         self._set_hyper(values)
-        moved = self._values(results, MOVED)
+        moves = self.semantics.running_stats == "both"
         return DescentResult(
             perturbed_loss=self._value(results["perturbed_loss"]),
             grad_norm=self._value(results["grad_norm"]),
             perturbation_norm=self._value(results["perturbation_norm"]),
             gradients=self._values(results, PERTURBED_GRADIENT),
-            buffers=moved or dict(buffers or {}),
+            buffers=self._values(results, MOVED) if moves else buffers or {},
         )
 
     def update(
@@ -157,8 +167,8 @@ class StagedCalls:
         """
         spec = self._program("update")
         values = merged_hyper(self._hyper, hyper, self.contract) if hyper else self._hyper
-        own = {PERTURBED_GRADIENT: gradients, GRADIENT: ascended}
-        results = self._run(spec, self._given(spec, 0, buffers, own), values)
+        given = self._given(spec, gradients=gradients, buffers=buffers, ascended=ascended)
+        results = self._run(spec, given, values)
         result = UpdateResult(
             **{
                 name: self._value(results[name])
@@ -176,13 +186,20 @@ class StagedCalls:
 
     # -- what a stage is given --------------------------------------------------------------------
 
-    def _given(
-        self,
-        spec: ProgramSpec,
-        part: int,
-        buffers: Tensors | None,
-        gradients: Mapping[str, Tensors | None] | None = None,
-    ) -> list[Any]:
+    @functools.cached_property
+    def _arguments(self) -> dict[str, list[_Argument]]:
+        """Program to its arguments besides the batch, in the order of its graph inputs."""
+        return {
+            program.name: [
+                _Argument(prefix, name, items, _with_prefix(prefix, self.contract.carried))
+                for prefix, name in _ARGUMENTS[program.name].items()
+                if (items := _with_prefix(prefix, self.contract.fed(program)))
+            ]
+            for program in self.contract.programs
+            if program.name in STAGES
+        }
+
+    def _given(self, spec: ProgramSpec, part: int = 0, **given: Tensors | None) -> list[Any]:
         """What a stage is given besides its batch, in order, after checking it.
 
         Raises:
@@ -190,85 +207,111 @@ class StagedCalls:
         """
         if isinstance(part, bool) or not isinstance(part, int) or not 0 <= part < _MOST_PARTS:
             raise SessionError(f"part={part!r}: expected a number from 0 to {_MOST_PARTS - 1}.")
-        carried = [item for item in self.contract.fed(spec) if item in self.contract.carried]
-        sources: dict[str, tuple[str, Tensors | None]] = {RUNNING: ("buffers", buffers)}
-        for prefix, given in (gradients or {}).items():
-            name = "ascended" if spec.name == "update" and prefix == GRADIENT else "gradients"
-            sources[prefix] = (name, given)
-        found: dict[str, Any] = {}
-        for prefix, (argument, given) in sources.items():
-            items = [item for item in carried if item.name.startswith(prefix)]
-            if prefix == RUNNING and given is None and spec.name == "ascent":
-                names = [item.name.removeprefix(prefix) for item in items]
-                found |= {RUNNING + n: value for n, value in self._engine.current(names).items()}
-                continue
-            found |= self._taken(spec.name, argument, prefix, items, given)
-        return [
-            np.array(part, np.int64) if item.role == "part" else found[item.name]
-            for item in carried
-        ]
+        values: list[Any] = []
+        for argument in self._arguments[spec.name]:
+            tensors = given.get(argument.name)
+            if argument.prefix == PART:
+                values.append(np.array(part, np.int64))
+            elif tensors is None and (spec.name, argument.prefix) == ("ascent", RUNNING):
+                values += self._engine.current(argument.keys).values()
+            else:
+                values += self._taken(spec.name, argument, tensors)
+        return values
 
-    def _taken(
-        self,
-        call: str,
-        argument: str,
-        prefix: str,
-        items: list[TensorSpec],
-        given: Tensors | None,
-    ) -> dict[str, Any]:
-        """Tensors of one argument by their names in the graph."""
-        known = {
-            spec.name.removeprefix(prefix)
-            for spec in self.contract.carried
-            if spec.name.startswith(prefix)
-        }
+    def _taken(self, call: str, argument: _Argument, given: Tensors | None) -> list[Any]:
+        """The tensors of one argument in the order of the graph inputs."""
+        name, meaning = argument.name, _MEANINGS[argument.name]
         if given is None:
-            if items:
-                raise SessionError(f"{call} needs {argument}=...: {_MEANINGS[argument]}.")
-            return {}
+            raise SessionError(f"{call} needs {name}=...: {meaning}.")
         if not isinstance(given, Mapping):
             raise SessionError(
-                f"{argument} of {call} is a {type(given).__name__}; expected a dict from names to "
-                f"tensors: {_MEANINGS[argument]}."
+                f"{name} of {call} is a {type(given).__name__}; expected a dict from names to "
+                f"tensors: {meaning}."
             )
-        unknown = sorted(set(map(str, given)) - known)
-        missing = [item.name.removeprefix(prefix) for item in items]
-        missing = [name for name in missing if name not in given]
-        if missing or (unknown and items):
-            wrong = f"lack {missing[0]!r}" if missing else f"have {unknown[0]!r}, which is unknown"
+        own = isinstance(given, DeviceValues) and given.is_read_by(self._engine.to_numpy)
+        if own and given.raws.keys() == argument.known:  # type: ignore[attr-defined]
+            # Of this very session: what has the name has the dtype and the shape.
+            return [given.raws[key] for key in argument.keys]  # type: ignore[attr-defined]
+        wrong = [f"lack {key!r}" for key in argument.keys if key not in given]
+        wrong += [f"have {key!r}, which is unknown" for key in given if key not in argument.known]
+        if wrong:
+            owner = "buffers" if argument.prefix == RUNNING else "trained parameters"
             raise SessionError(
-                f"{argument} of {call} {wrong}; they are {_MEANINGS[argument]}, by the names of "
-                f"the {'buffers' if prefix == RUNNING else 'trained parameters'}."
+                f"{name} of {call} {wrong[0]}; they are {meaning}, by the names of the {owner}."
             )
-        return {
-            item.name: self._raw(
-                item, given[item.name.removeprefix(prefix)], f"{argument} of {call}"
-            )
-            for item in items
-        }
+        return [
+            self._raw(spec, given[key], name, call)
+            for spec, key in zip(argument.specs, argument.keys, strict=True)
+        ]
 
-    def _raw(self, spec: TensorSpec, value: Any, where: str) -> Any:
+    def _raw(self, spec: TensorSpec, value: Any, argument: str, call: str) -> Any:
         """A tensor as the engine takes it: its own objects stay where they are."""
         if isinstance(value, DeviceValue):
             if value.is_read_by(self._engine.to_numpy):
-                return value.raw
+                shape = value.raw.shape
+                if tuple(shape() if callable(shape) else shape) == spec.shape:
+                    return value.raw
             value = value.numpy()
         if isinstance(value, np.generic):
             value = np.asarray(value)
-        check_tensor(spec, value, f"{where}: tensor")
+        check_tensor(spec, value, f"{argument} of {call}: tensor")
         return value
 
     def _value(self, raw: Any) -> DeviceValue:
         return DeviceValue(raw, self._engine.to_numpy)
 
-    def _values(self, results: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        """Results of one kind by the name of the parameter or buffer."""
+    @functools.cached_property
+    def _carried(self) -> dict[str, dict[str, str]]:
+        """Prefix of results that go to another stage: name of each without it to that with it."""
+        outputs = [spec.name for program in self.contract.programs for spec in program.outputs]
         return {
-            name.removeprefix(prefix): self._value(value)
-            for name, value in results.items()
-            if name.startswith(prefix)
+            prefix: {name.removeprefix(prefix): name for name in outputs if name.startswith(prefix)}
+            for prefix in (GRADIENT, PERTURBED_GRADIENT, MOVED)
         }
 
+    def _values(self, results: Mapping[str, Any], prefix: str) -> DeviceValues:
+        """Results of one kind by the name of the parameter or buffer."""
+        raws = {key: results[name] for key, name in self._carried[prefix].items()}
+        return DeviceValues(raws, self._engine.to_numpy)
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """One argument of a stage.
+
+    Attributes:
+        prefix: Of the graph inputs that it becomes.
+        name: What a caller calls it.
+        specs: Of the graph inputs, in order.
+        carried: Of all that it may hold; ``specs`` are those that the stage reads.
+    """
+
+    prefix: str
+    name: str
+    specs: tuple[TensorSpec, ...]
+    carried: tuple[TensorSpec, ...]
+
+    @functools.cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Names of parameters or buffers, in the order of ``specs``."""
+        return tuple(spec.name.removeprefix(self.prefix) for spec in self.specs)
+
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """Names that it may hold."""
+        return frozenset(spec.name.removeprefix(self.prefix) for spec in self.carried)
+
+
+def _with_prefix(prefix: str, specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+    return tuple(spec for spec in specs if spec.name.startswith(prefix))
+
+
+_ARGUMENTS = {
+    "ascent": {PART: "part", RUNNING: "buffers"},
+    "descent": {PART: "part", RUNNING: "buffers", GRADIENT: "gradients"},
+    "update": {RUNNING: "buffers", GRADIENT: "ascended", PERTURBED_GRADIENT: "gradients"},
+}
+"""Stage to its arguments: prefix of the graph inputs to the name, in the order of these inputs."""
 
 _MEANINGS = {
     "buffers": "what the stage before returned as its buffers",

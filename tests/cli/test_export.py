@@ -40,6 +40,21 @@ def test_settings_overwrite_and_fixed_batch(
     assert open_artifact(out).contract.optimizer == "SGD"
 
 
+def test_stages_are_exported_when_asked_for(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "artifact"
+    argv = ["export", f"{workplace.recipe}:recipe", "--out", str(out), "--staged"]
+    assert main(argv) == 0
+    assert "ascent, descent, update," in capsys.readouterr().out
+    artifact = open_artifact(out)
+    assert [spec.role for spec in artifact.contract.carried if spec.role != "gradient"] == []
+    assert main(["inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "perturbed_gradient." in text
+    assert "Outputs of descent" in text
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

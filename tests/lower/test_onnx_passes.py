@@ -15,7 +15,7 @@ import sam_export as sx
 from sam_export._compat import onnx_exporter
 from sam_export.lower.onnx_graph import OPSET
 from sam_export.lower.onnx_ops import DECOMPOSED, FORMS, OWN_DECOMPOSITIONS
-from sam_export.lower.onnx_passes import PASSES
+from sam_export.lower.onnx_passes import PASSES, simplify
 from sam_export.lower.onnx_passes.common_subexpressions import CommonSubexpressions
 from sam_export.lower.onnx_passes.constants import FoldConstants, ShareConstants
 from sam_export.lower.onnx_passes.copies import RemoveCopies
@@ -142,6 +142,32 @@ def test_an_output_keeps_its_node() -> None:
     model = graph([same], [x], [same.outputs[0]])
     RemoveCopies()(model)
     assert [node.op_type for node in model.graph] == ["Cast"]
+
+
+def test_what_makes_an_output_keeps_its_name() -> None:
+    """Transposes in pairs at the end of a graph are nothing, too: what they move is the output."""
+    x = tensor("x", 2, 3)
+    relu = ir.node("Relu", [x])
+    turned = ir.node("Transpose", [relu.outputs[0]], {"perm": [1, 0]})
+    back = ir.node("Transpose", [turned.outputs[0]], {"perm": [1, 0]})
+    other = ir.node("Neg", [back.outputs[0]])
+    back.outputs[0].name = "gradient"
+    model = graph([relu, turned, back, other], [x], [back.outputs[0], other.outputs[0]])
+    simplify(model)
+    assert [node.op_type for node in model.graph] == ["Relu", "Neg"]
+    assert model.graph.outputs[0] is relu.outputs[0]
+    assert relu.outputs[0].name == "gradient"
+    assert other.inputs[0] is relu.outputs[0]
+
+
+def test_two_outputs_of_one_value_stay_two() -> None:
+    x = tensor("x", 2, 3)
+    relu = ir.node("Relu", [x])
+    same = ir.node("Transpose", [relu.outputs[0]], {"perm": [0, 1]})
+    same.outputs[0].name = "copy"
+    model = graph([relu, same], [x], [relu.outputs[0], same.outputs[0]])
+    RemoveCopies()(model)
+    assert [value.name for value in model.graph.outputs] == [relu.outputs[0].name, "copy"]
 
 
 def test_contracts_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

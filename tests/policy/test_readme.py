@@ -93,3 +93,11 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_guide_of_stages_runs(folder: Path) -> None:
+    """Its Python blocks, as one script."""
+    text = (ROOT / "docs" / "staged.md").read_text()
+    script = folder / "staged.py"
+    script.write_text("\n".join(m[2] for m in _BLOCK.finditer(text) if m[1] == "python"))
+    run([sys.executable, "-W", "error", script.name], folder)

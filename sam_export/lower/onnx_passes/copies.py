@@ -17,7 +17,7 @@ class RemoveCopies(ir.passes.InPlacePass):  # type: ignore[misc]
 
     Ensures:
         No such pair, ``Cast`` or ``Transpose`` is left in the main graph, but where a node makes an
-        output of the graph.
+        output of the graph out of an input, a constant or another output.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -91,7 +91,12 @@ def _is_nothing(node: ir.Node) -> bool:
 
 
 def _droppable(node: ir.Node) -> bool:
-    return not node.outputs[0].is_graph_output()
+    """Whether its input can stand for its result, which may be an output of the graph."""
+    (result,), value = node.outputs, node.inputs[0]
+    if not result.is_graph_output():
+        return True
+    made_here = value is not None and value.producer() is not None
+    return made_here and not value.is_graph_output()  # type: ignore[union-attr]
 
 
 def _drop(node: ir.Node) -> None:
@@ -102,5 +107,7 @@ def _drop(node: ir.Node) -> None:
         return
     value.type = value.type or result.type
     value.shape = value.shape if value.shape is not None else result.shape
-    result.replace_all_uses_with(value)
+    if result.is_graph_output():
+        result.name, value.name = value.name, result.name
+    result.replace_all_uses_with(value, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
