@@ -17,6 +17,7 @@ from sam_export.artifact.contract import (
     METRICS,
     SCALED_METRIC,
     STAGE,
+    STAGES,
     STEP,
     ProgramSpec,
     StepContract,
@@ -287,7 +288,8 @@ class Session(StagedCalls):
         try:
             return self.contract.program(name)
         except ArtifactError as error:
-            raise SessionError(f"{error} Export the step again to have it.") from error
+            how = "with staged=True (--staged) " if name in STAGES else ""
+            raise SessionError(f"{error} Export the step again {how}to have it.") from error
 
     def _run(
         self, program: ProgramSpec, batch: list[Any], hyper: Mapping[str, tuple[float, ...]]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_export as sx
+from sam_export._compat import torchscript
 from sam_export.errors import SessionError, StepConfigError
 from tests.parity.cases import batches_for, step_of
 
@@ -145,7 +146,9 @@ def test_mixed_precision_with_a_scaled_loss(target: str) -> None:
     session = session_of(step, target)
     report = sx.check_parity(step, batches, sessions={"s": sx.InStages(session)}, num_steps=4)
     assert report.ok, str(report)
-    assert session.state["scaler.scale"] > 1024
+    for _ in range(2):  # the check has put the session back
+        sx.InStages(session).step(*batches[0])
+    assert float(session.state["scaler.scale"]) == 2048
 
 
 def test_a_batch_that_is_a_dict(tmp_path: Path) -> None:
@@ -336,7 +339,7 @@ def test_an_overflow_lowers_the_scale(target: str) -> None:
     stages = sx.InStages(session)
     x, y = batch_of(8, torch.float32)
     weights = session.state["0.weight"]
-    for index, (scale, rho) in enumerate([(1e4, 0.05), (1.0, 1e30)]):
+    for index, (scale, rho) in enumerate([(1e6, 0.05), (1.0, 1e30)]):
         result = stages.step(x * scale, y, rho=rho)
         assert not bool(result.finite)
         assert float(session.state["scaler.scale"]) == 2.0 ** (15 - index)
@@ -413,8 +416,8 @@ def test_the_module_alone(tmp_path: Path) -> None:
     """TorchScript without this package, as C++ calls it: one stage returns what the next takes."""
     step = step_over("norm", semantics={"running_stats": "both"})
     sx.export(sx.capture(step, batch_of(), staged=True), tmp_path / "step", "torchscript")
-    module = torch.jit.load(str(tmp_path / "step" / "step.pt"))
-    none = torch.jit.annotate(dict[str, Tensor], {})
+    module = torchscript.load_scripted(tmp_path / "step" / "step.pt", torch.device("cpu"))
+    none: dict[str, Tensor] = {}
     for seed in range(3):
         x, y = batch_of(seed=seed)
         expected = step(x, y)
