@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +53,25 @@ def batch_of(size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0) -
     return [x, torch.randint(3, (size,), generator=generator)]
 
 
-def session_of(step: sx.TrainStep, target: str, size: int = 8, **options: Any) -> sx.Session:
-    dtype = next(step.model.parameters()).dtype
-    captured = sx.capture(step, batch_of(size, dtype), staged=True, **options)
-    return sx.load(captured, target=target, threads=1)
+_ROOT = tempfile.TemporaryDirectory(prefix="sam_export-staged-")
+
+
+@functools.cache
+def _folder(target: str, given: str) -> Path:
+    """The artifact of `session_of`'s arguments, made once."""
+    return Path(_ROOT.name, f"{target}-{hashlib.sha256(given.encode()).hexdigest()[:16]}")
+
+
+def session_of(
+    target: str, kind: str, dtype: torch.dtype = torch.float64, **options: Any
+) -> sx.Session:
+    """A new session of the step that `step_over` makes of these arguments."""
+    folder = _folder(target, repr((kind, dtype, sorted(options.items()))))
+    if not folder.exists():
+        step = step_over(kind, dtype, **options)
+        captured = sx.capture(step, batch_of(8, dtype), staged=True)
+        sx.export(captured, folder, target)
+    return sx.load(folder, threads=1)
 
 
 def mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,18 +111,13 @@ CELLS += [("Friendly SAM", "onnx-training"), ("fresh draws", "onnx"), ("the same
 
 
 @pytest.mark.parametrize(("way", "target"), CELLS)
-def test_the_stages_are_the_step(way: str, target: str, tmp_path: Path) -> None:
+def test_the_stages_are_the_step(way: str, target: str) -> None:
     """In float64, every state tensor and every result, over batches of two sizes."""
-    captured = sx.capture(step_over(**WAYS[way]), batch_of(), staged=True)
-    sx.export(captured, tmp_path / "step", target)
-    one, three = (sx.load(tmp_path / "step", threads=1) for _ in range(2))
+    one, three = (session_of(target, **WAYS[way]) for _ in range(2))
     stages = sx.InStages(three)
     for index, size in enumerate((8, 8, 6, 8)):
-        batch = batch_of(size, seed=index)
-        whole, found = (
-            one.step(*batch, lr=0.1 / (1 + index)),
-            stages.step(*batch, lr=0.1 / (1 + index)),
-        )
+        batch, lr = batch_of(size, seed=index), 0.1 / (1 + index)
+        whole, found = one.step(*batch, lr=lr), stages.step(*batch, lr=lr)
         for name in ("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "finite"):
             assert float(getattr(found, name)) == pytest.approx(
                 float(getattr(whole, name)), rel=1e-12
@@ -122,7 +135,7 @@ def test_against_plain_eager_loops(way: str, target: str) -> None:
     """By the parity check, whose oracle shares no code with the stages."""
     step = step_over(**WAYS[way])
     batches = [tuple(batch_of(size, seed=size)) for size in (8, 8, 6)]
-    session = session_of(step, target)
+    session = session_of(target, **WAYS[way])
     report = sx.check_parity(
         step, batches, sessions={"in stages": sx.InStages(session)}, num_steps=3
     )
@@ -141,9 +154,10 @@ def test_a_convolutional_net_in_float32() -> None:
 def test_mixed_precision_with_a_scaled_loss(target: str) -> None:
     """float16 casts, gradients unscaled by each stage."""
     scaling = sx.LossScaling(init_scale=1024.0, growth_interval=2)
-    step = step_over("plain", torch.float32, autocast=torch.float16, loss_scaling=scaling)
+    precision = {"autocast": torch.float16, "loss_scaling": scaling}
+    step = step_over("plain", torch.float32, **precision)
     batches = [tuple(batch_of(8, torch.float32, seed)) for seed in range(3)]
-    session = session_of(step, target)
+    session = session_of(target, "plain", torch.float32, **precision)
     report = sx.check_parity(step, batches, sessions={"s": sx.InStages(session)}, num_steps=4)
     assert report.ok, str(report)
     for _ in range(2):  # the check has put the session back
@@ -175,8 +189,9 @@ def test_a_batch_that_is_a_dict(tmp_path: Path) -> None:
 
 def test_outputs_come_with_the_ascent() -> None:
     step = step_over("plain")
-    session = session_of(step, "onnx", return_outputs=True)
     x, y = batch_of()
+    captured = sx.capture(step, (x, y), staged=True, return_outputs=True)
+    session = sx.load(captured, target="onnx")
     expected = step.model(x).detach().numpy()
     np.testing.assert_allclose(session.ascent(x, y).outputs.numpy(), expected, rtol=1e-12)
 
@@ -212,7 +227,7 @@ def test_parts_over_several_calls(target: str, per: str, stats: str) -> None:
     """Equal to the eager step that divides its batch, running statistics too."""
     semantics = {"micro_batches": 4, "perturbation_per": per, "running_stats": stats}
     eager = step_over("norm", semantics=semantics)
-    session = session_of(step_over("norm", semantics={"running_stats": stats}), target)
+    session = session_of(target, "norm", semantics={"running_stats": stats})
     for seed in range(3):
         x, y = batch_of(16, seed=seed)
         parts = list(zip(x.chunk(4), y.chunk(4), strict=True))
@@ -228,7 +243,7 @@ def test_parts_draw_other_numbers_and_both_passes_the_same() -> None:
     x, y = batch_of()
     found: dict[str, list[np.ndarray]] = {}
     for target in ("onnx", "torchscript", "torch-compile"):
-        session = session_of(step_over("dropout"), target)
+        session = session_of(target, "dropout")
         losses = [session.ascent(x, y, part=part) for part in (0, 0, 1)]
         weights = [np.asarray(result.gradients["0.weight"]) for result in losses]
         np.testing.assert_array_equal(weights[0], weights[1])
@@ -245,7 +260,7 @@ def test_parts_draw_other_numbers_and_both_passes_the_same() -> None:
 def test_a_step_of_the_base_optimizer() -> None:
     """Periodic SAM in stages: between its steps, ``update`` gets the gradient of the first pass."""
     step = step_over("plain", optimizer={"every": 2})
-    session = session_of(step, "onnx")
+    session = session_of("onnx", "plain", optimizer={"every": 2})
     for seed in range(4):
         batch = batch_of(seed=seed)
         step(*batch)
@@ -267,8 +282,7 @@ def test_a_step_of_the_base_optimizer() -> None:
 @pytest.mark.parametrize("where", ["ascent", "descent", "norm"])
 def test_what_is_not_finite_in_any_part_is_seen_by_the_update(target: str, where: str) -> None:
     """One of three parts: NaN in its batch, in its second pass only, or too large a gradient."""
-    step = step_over("norm", torch.float32)
-    session = session_of(step, target)
+    session = session_of(target, "norm", torch.float32)
     before = session.state
     parts = [batch_of(8, torch.float32, seed) for seed in range(3)]
     if where == "ascent":
@@ -334,8 +348,8 @@ def session_of_any(step: sx.TrainStep, target: str) -> sx.Session:
 def test_an_overflow_lowers_the_scale(target: str) -> None:
     """Of float16, in the first pass and in the second; the next step is fine."""
     scaling = sx.LossScaling(init_scale=2.0**16)
-    step = step_over("plain", torch.float32, autocast=torch.float16, loss_scaling=scaling)
-    session = session_of(step, target)
+    precision = {"autocast": torch.float16, "loss_scaling": scaling}
+    session = session_of(target, "plain", torch.float32, **precision)
     stages = sx.InStages(session)
     x, y = batch_of(8, torch.float32)
     weights = session.state["0.weight"]
@@ -351,7 +365,7 @@ def test_an_overflow_lowers_the_scale(target: str) -> None:
 
 
 def test_raise_says_so_and_changes_nothing() -> None:
-    session = session_of(step_over("norm", semantics={"on_nonfinite": "raise"}), "onnx")
+    session = session_of("onnx", "norm", semantics={"on_nonfinite": "raise"})
     x, y = batch_of()
     before = session.state
     ascent = session.ascent(x * float("nan"), y)
@@ -369,7 +383,7 @@ def test_raise_says_so_and_changes_nothing() -> None:
 @pytest.mark.parametrize("target", [*TARGETS, "torch-compile"])
 def test_only_the_update_changes_the_session(target: str) -> None:
     """And what a stage returned stays what it was, in later steps too."""
-    session = session_of(step_over("norm"), target)
+    session = session_of(target, "norm")
     before = session.state
     x, y = batch_of()
     ascent = session.ascent(x, y)
@@ -387,7 +401,7 @@ def test_only_the_update_changes_the_session(target: str) -> None:
 
 
 def test_hyper_parameters_are_kept() -> None:
-    session = session_of(step_over("plain"), "onnx")
+    session = session_of("onnx", "plain")
     x, y = batch_of()
     ascent = session.ascent(x, y)
     descent = session.descent(x, y, gradients=ascent.gradients, rho=0.2)
@@ -398,10 +412,9 @@ def test_hyper_parameters_are_kept() -> None:
 
 def test_gradients_of_another_target() -> None:
     """Values of one session are taken by a session of another runtime."""
-    step = step_over("norm")
-    sessions = [session_of(step, target) for target in ("onnx", "torchscript")]
+    sessions = [session_of(target, "norm") for target in ("onnx", "torchscript")]
     x, y = batch_of()
-    expected = session_of(step, "onnx")
+    expected = session_of("onnx", "norm")
     expected.step(x, y)
     for one, other in (sessions, sessions[::-1]):
         ascent = one.ascent(x, y)
@@ -446,7 +459,7 @@ def getattr_path(module: Any, name: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def session() -> sx.Session:
-    return session_of(step_over("norm"), "onnx")
+    return session_of("onnx", "norm")
 
 
 def test_what_is_missing_or_does_not_fit(session: sx.Session) -> None:
@@ -512,8 +525,8 @@ def test_torchs_own_generator_has_no_stages() -> None:
     """The same draws in both passes cannot come from it; fresh ones can."""
     with pytest.raises(StepConfigError, match="torch's own generator"):
         sx.capture(step_over("dropout", semantics={"generator": "torch"}), batch_of(), staged=True)
-    fresh = step_over("dropout", semantics={"generator": "torch", "randomness": "fresh"})
-    session = session_of(fresh, "torchscript")
+    fresh = {"generator": "torch", "randomness": "fresh"}
+    session = session_of("torchscript", "dropout", semantics=fresh)
     assert bool(sx.InStages(session).step(*batch_of()).finite)
 
 
