@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from sam_export.artifact.result import StepResult
+from sam_export.errors import SessionError
 from sam_export.runtime.session import Session
 
 
@@ -20,9 +21,18 @@ class InStages:
 
     Args:
         session: Of a step that was captured with ``staged=True``.
+
+    Raises:
+        SessionError: It has no stages, or not each of its steps has all three (periodic SAM).
     """
 
     def __init__(self, session: Session) -> None:
+        if not session.contract.carried or session.contract.every > 1:
+            found = f"every={session.contract.every}" if session.contract.carried else "no stages"
+            raise SessionError(
+                f"InStages takes each step as ascent, descent and update; this session has {found}. "
+                "Capture with staged=True and SAM(every=1)."
+            )
         self.session = session
         self.contract = session.contract
         self.provider = session.provider

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,47 @@ def test_a_small_step_is_eagers(target: str, dtype: torch.dtype) -> None:
     passes(sx.check_parity(step, batches, targets=[target], num_steps=6))
 
 
+TOGETHER: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "parts": ({}, {"micro_batches": 2}, {}),
+    "parts with a perturbation each": (
+        {},
+        {"micro_batches": 2, "perturbation_per": "micro_batch", "clip_norm": 0.1},
+        {},
+    ),
+    "an average": ({}, {"running_stats": "both"}, {"ema": sx.EMA(0.8)}),
+    "GSAM": ({"variant": sx.GSAM()}, {}, {}),
+    "Friendly SAM": ({"variant": sx.FriendlySAM()}, {}, {}),
+    "LookSAM": ({"variant": sx.LookSAM(), "every": 2}, {}, {}),
+    "ASAM, two ascent steps": ({"perturbation": sx.ASAM(), "ascent_steps": 2}, {}, {}),
+}
+"""Options that the scale of the loss has to live with: SAM's, semantics, the step's."""
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, ("onnx", "torchscript")[index % 2]) for index, name in enumerate(TOGETHER)],
+)
+def test_a_scaled_loss_with_other_options(name: str, target: str) -> None:
+    """Through an overflow, in a batch of each kind of step."""
+    sam_options, semantics, others = TOGETHER[name]
+    torch.manual_seed(0)
+    model = mixed_cases.Small()
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9, **sam_options)
+    step = sx.TrainStep(
+        model, nn.CrossEntropyLoss(), sam, semantics=sx.Semantics(**semantics),
+        autocast=torch.float16, loss_scaling=SCALING, **others,
+    )  # fmt: skip
+    batches = [batch(1), batch(2), batch(3, 6), batch(4)]
+    batches[1] = (batches[1][0] * 1e6, batches[1][1])
+    session = load(sx.capture(step, batch()), target=target)
+    report = sx.check_parity(step, batches, sessions={target: session}, num_steps=6)
+    passes(report)
+    scale = float(session.state["scaler.scale"])
+    for one in batches[:2]:
+        session.step(*one)
+    assert float(session.state["scaler.scale"]) == scale / 2
+
+
 # -- what slips, and nothing else --------------------------------------------------------------
 
 NARROWER = {"large epsilon", "gradient in half precision", "betas in float32"}
@@ -175,7 +217,7 @@ SCALER_FAULTS = (
 def session_with(fault: str, monkeypatch: pytest.MonkeyPatch) -> sx.Session:
     wrong = functools.partial(WrongScaler, fault=fault, calls=[])
     with monkeypatch.context() as patch:
-        patch.setattr("sam_export.tracing.capture.Scaler", wrong)
+        patch.setattr("sam_export.tracing.new_state.Scaler", wrong)
         captured = sx.capture(mixed_cases.step_of(), batch())
     return load(captured, target="torchscript")
 

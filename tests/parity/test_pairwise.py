@@ -78,6 +78,7 @@ FACTORS: dict[str, list[Any]] = {
     "on_nonfinite": ["skip", "raise"],
     "groups": [1, 2],
     "dynamic": [False, True],
+    "calls": ["step", "stages"],
 }
 
 
@@ -95,6 +96,12 @@ IMPOSSIBLE: list[tuple[tuple[str, str], Callable[[Any, Any], bool]]] = [
     (("variant", "target"), lambda *two: two == ("LookSAM", "ort-artifacts")),
     # It evaluates the weights that it trains.
     (("ema", "target"), lambda ema, target: ema and target == "ort-artifacts"),
+    # A step in stages: no part of its own, one ascent, and its calls are those of a step of SAM.
+    (("calls", "target"), lambda *two: two == ("stages", "ort-artifacts")),
+    (("calls", "parts"), lambda *two: two == ("stages", "micro_batch")),
+    (("calls", "ascent_steps"), lambda calls, n: calls == "stages" and n > 1),
+    (("calls", "every"), lambda calls, every: calls == "stages" and every > 1),
+    (("calls", "variant"), lambda *two: two == ("stages", "LookSAM")),
     # A variant with a memory has one direction to remember, not one for each part.
     (
         ("variant", "parts"),
@@ -192,7 +199,10 @@ def check(cell: Any) -> None:
         for size in (8, 8, 6)
     ]
     dynamic = ["weight_decay"] if cell.dynamic else []
-    session = sx.load(sx.capture(step, batches[0], dynamic_hyper=dynamic), target=cell.target)
+    is_staged = cell.calls == "stages"
+    captured = sx.capture(step, batches[0], dynamic_hyper=dynamic, staged=is_staged)
+    session: Any = sx.load(captured, target=cell.target)
+    session = sx.InStages(session) if is_staged else session
     report = sx.check_parity(step, batches, sessions={cell.target: session}, num_steps=4)
     assert report.ok, f"{named(cell)}\n{report}"
 

@@ -505,6 +505,13 @@ def test_a_session_without_stages() -> None:
         session.ascent(*batch_of())
 
 
+def test_what_is_not_three_calls_is_not_in_stages() -> None:
+    with pytest.raises(SessionError, match="every=2"):
+        sx.InStages(session_of("onnx", "plain", optimizer={"every": 2}))
+    with pytest.raises(SessionError, match="no stages"):
+        sx.InStages(sx.load(sx.capture(step_over("plain"), batch_of()), target="onnx"))
+
+
 @pytest.mark.parametrize(
     ("message", "options"),
     [
