@@ -30,8 +30,8 @@ class InStages:
         if not session.contract.carried or session.contract.every > 1:
             found = f"every={session.contract.every}" if session.contract.carried else "no stages"
             raise SessionError(
-                f"InStages takes each step as ascent, descent and update; this session has {found}. "
-                "Capture with staged=True and SAM(every=1)."
+                "InStages takes each step as ascent, descent and update; this session has "
+                f"{found}. Capture with staged=True and SAM(every=1)."
             )
         self.session = session
         self.contract = session.contract
