@@ -33,7 +33,7 @@ from sam_export.parity.rollout import (
 )
 from sam_export.parity.series import TensorSeries, series_of
 from sam_export.parity.step_oracle import oracle_of
-from sam_export.parity.subjects import built, existing, with_unseen_size
+from sam_export.parity.subjects import built, existing, has_stages, with_unseen_size
 from sam_export.parity.tolerances import Mode, Tolerances
 from sam_export.parity.verdict import Row, judge_steps, rows_per_step, worst_per_step
 from sam_export.runtime.cuda_options import CudaOptions
@@ -43,6 +43,9 @@ from sam_export.tracing.dynamic import Dynamic
 
 STAGED_STEPS = 3
 """Lock-steps of a target with its stages: each begins at eager's state, so few say all."""
+
+IN_STAGES = ", in stages"
+"""Of the name of an artifact whose steps are taken in their three stages."""
 
 DEFAULT_TARGETS = ("torch-compile", "torchscript", "aot-inductor", "onnx")
 
@@ -93,7 +96,8 @@ def check_parity(
             or per input ``{"x": {0: "batch", 1: "time"}}``. The batches may then differ in them.
         artifacts: Folders of artifacts that exist already, by a name for the report. They run from
             where ``step`` is, with its ``lr`` and ``rho``; in what else they were made for another
-            step is said in the report's notes.
+            step is said in the report's notes. One that was captured with ``staged=True`` is also
+            run in its stages, as ``<name>, in stages``.
         reference: Your own eager loop, see `parity.reference.Reference`: is it this step, and if
             not, in which choice does it differ?
         cache: Folder in which the targets' artifacts are kept for the next check, by the hash of
@@ -120,7 +124,9 @@ def check_parity(
     given, folders = dict(sessions or {}), dict(artifacts or {})
     chosen = tuple(targets) if targets is not None else () if given or folders else DEFAULT_TARGETS
     staged = [f"{target}, stages" for target in chosen] if stages else []
-    names = (*given, *folders, *chosen, *staged)
+    forms = {name: [False, True][: 1 + has_stages(Path(f))] for name, f in folders.items()}
+    in_folders = [name + IN_STAGES * form for name in folders for form in forms[name]]
+    names = (*given, *in_folders, *chosen, *staged)
     _check_request(batches, num_steps, chosen, names)
     if cuda is not None and not device.startswith("cuda"):
         raise ParityError(
@@ -146,8 +152,12 @@ def check_parity(
                 with _kept_state(Run(name, session)) as run:
                     check.drive(run, reset=True)
             for name, folder in folders.items():
-                with existing(name, Path(folder), step, device, isolate, panel.notes, cuda) as run:
-                    check.drive(run, reset=True)
+                for form in forms[name]:
+                    with existing(
+                        name + IN_STAGES * form, Path(folder), step, device, isolate, panel.notes,
+                        cuda, form,
+                    ) as run:  # fmt: skip
+                        check.drive(run, reset=True)
             captured = None
             kept = None if cache is None else Path(cache)
             for target in chosen:

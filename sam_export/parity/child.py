@@ -1,9 +1,9 @@
 """A session in a process of its own: a crash of a native runtime is then an answer, not the end.
 
-The child is ``python -m sam_export.parity.child FOLDER DEVICE CUDA``, the last one `CudaOptions` as
-JSON, or ``null``. It loads the artifact and answers
-pickled messages on its standard input, ``(length, bytes)`` each way; whatever else it prints goes
-to its standard error, of which the last lines are part of a report. It imports torch only if the
+The child is ``python -m sam_export.parity.child FOLDER DEVICE OPTIONS``, the last one JSON with
+``cuda`` (`CudaOptions`, or null) and ``in_stages``. It loads the artifact and answers pickled
+messages on its standard input, ``(length, bytes)`` each way; whatever else it prints goes to its
+standard error, of which the last lines are part of a report. It imports torch only if the
 artifact's runtime does.
 """
 
@@ -45,6 +45,7 @@ class ChildSession:
         seeds: Whether each step is to begin with this process's torch seed.
         hyper: Hyper-parameters of every step, where they are not the artifact's own.
         cuda: As `sam_export.load` takes it.
+        in_stages: Whether a step is three calls, of its stages.
 
     Raises:
         SamExportError: What loading the artifact raised there.
@@ -59,8 +60,9 @@ class ChildSession:
         seeds: bool,
         hyper: Mapping[str, Any] | None = None,
         cuda: CudaOptions | None = None,
+        in_stages: bool = False,
     ) -> None:
-        self._cuda = cuda
+        self._options = {"cuda": cuda.to_dict() if cuda else None, "in_stages": in_stages}
         self._folder, self._device, self._seeds = folder, device, seeds
         self._hyper = dict(hyper or {})
         self._threads = threads
@@ -73,8 +75,7 @@ class ChildSession:
             raise
 
     def _start(self) -> None:
-        options = json.dumps(self._cuda.to_dict() if self._cuda else None)
-        arguments = [str(self._folder), self._device, options]
+        arguments = [str(self._folder), self._device, json.dumps(self._options)]
         command = [sys.executable, "-m", "sam_export.parity.child", *arguments]
         self._process = subprocess.Popen(
             command,
@@ -215,13 +216,20 @@ def _receive(stream: IO[bytes]) -> Any:
 
 
 def serve(
-    folder: str, device: str, cuda: CudaOptions | None, requests: IO[bytes], answers: IO[bytes]
+    folder: str,
+    device: str,
+    options: Mapping[str, Any],
+    requests: IO[bytes],
+    answers: IO[bytes],
 ) -> None:
     """Loads the artifact and answers until ``requests`` ends."""
     from sam_export.api import load
+    from sam_export.parity.in_stages import InStages
 
+    cuda = None if options["cuda"] is None else CudaOptions(**options["cuda"])
     try:
         session = load(folder, device=device, cuda=cuda)
+        stepping = InStages(session) if options["in_stages"] else session
     except Exception as error:
         _send(answers, ("error", (type(error).__name__, str(error))))
         return
@@ -236,7 +244,7 @@ def serve(
     def step(batch: list[Any], hyper: dict[str, Any], seed: int | None) -> dict[str, Any]:
         if seed is not None and "torch" in sys.modules:
             sys.modules["torch"].manual_seed(seed)
-        result = session.step(*batch, **hyper)
+        result = stepping.step(*batch, **hyper)
         names = ("loss", "perturbed_loss", "grad_norm", "perturbation_norm")
         found = {n: getattr(result, n) for n in (*names, "perturbed_grad_norm", "loss_scale")}
         return {
@@ -273,9 +281,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     folder, device, options = sys.argv[1:]
-    given = json.loads(options)
-    cuda = None if given is None else CudaOptions(**given)
-    serve(folder, device, cuda, sys.stdin.buffer, answers)
+    serve(folder, device, json.loads(options), sys.stdin.buffer, answers)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import torch
 
 from sam_export.artifact.folder import Artifact, open_artifact
 from sam_export.artifact.state_file import differences, shapes_of
+from sam_export.errors import ArtifactError
 from sam_export.parity.artifacts import artifact_for
 from sam_export.parity.child import ChildSession
+from sam_export.parity.in_stages import InStages
 from sam_export.parity.oracle_batch import Batch
 from sam_export.parity.rollout import Run
 from sam_export.runtime.cuda_options import CudaOptions
@@ -65,6 +67,7 @@ def existing(
     isolate: bool,
     notes: list[str],
     cuda: CudaOptions | None = None,
+    in_stages: bool = False,
 ) -> Iterator[Run]:
     """A run over an artifact that is there already, with the step's own ``lr`` and ``rho``.
 
@@ -76,19 +79,30 @@ def existing(
         isolate: Whether it runs in a process of its own.
         notes: Gets a line for each thing in which the artifact differs from the step by choice.
         cuda: Options for a CUDA device.
+        in_stages: Whether each step is taken in its three stages.
     """
     run = Run(name, _Nothing())
     with run.guarded("open"):
         artifact = open_artifact(folder)
-        notes += [f"{name}: {line}" for line in other_choices(artifact, step)]
+        if not in_stages:  # has been said
+            notes += [f"{name}: {line}" for line in other_choices(artifact, step)]
         hyper = step.hyper([spec.name for spec in artifact.contract.hyper])
         draws = bool(artifact.details.get("random_ops"))
-        session = _opened(folder, device, isolate, draws, cuda, hyper)
+        session = _opened(folder, device, isolate, draws, cuda, hyper, in_stages)
         run.artifact, run.session = folder, session
     try:
         yield run
     finally:
         _close(run)
+
+
+def has_stages(folder: Path) -> bool:
+    """Whether an artifact's steps can be taken in stages; False where it cannot be read."""
+    try:
+        contract = open_artifact(folder).contract
+    except ArtifactError:
+        return False
+    return bool(contract.carried) and contract.every == 1
 
 
 def other_choices(artifact: Artifact, step: TrainStep) -> list[str]:
@@ -185,12 +199,15 @@ def _opened(
     draws: bool,
     cuda: CudaOptions | None,
     hyper: Mapping[str, Any] | None = None,
+    in_stages: bool = False,
 ) -> Any:
     if isolate:
-        return ChildSession(folder, device, torch.get_num_threads(), draws, hyper, cuda)
+        threads = torch.get_num_threads()
+        return ChildSession(folder, device, threads, draws, hyper, cuda, in_stages)
     from sam_export.api import load
 
-    session = load(folder, device=device, cuda=cuda)
+    session: Any = load(folder, device=device, cuda=cuda)
+    session = InStages(session) if in_stages else session
     return _WithHyper(session, hyper) if hyper else session
 
 

@@ -142,6 +142,21 @@ def test_against_plain_eager_loops(way: str, target: str) -> None:
     assert report.ok, str(report)
 
 
+def test_the_check_of_an_artifact_takes_its_stages_too() -> None:
+    """As a row of its own, in a process of its own, with a checkpoint in the middle."""
+    session_of("onnx", **WAYS["GSAM"])  # makes the folder
+    options = {name: value for name, value in WAYS["GSAM"].items() if name != "kind"}
+    folder = _folder("onnx", repr(("norm", torch.float64, sorted(options.items()))))
+    report = sx.check_parity(
+        step_over(**WAYS["GSAM"]),
+        [tuple(batch_of(size, seed=size)) for size in (8, 6)],
+        artifacts={"deployed": folder},
+        num_steps=2,
+    )
+    assert report.ok, str(report)
+    assert [row.name for row in report.targets] == ["deployed", "deployed, in stages"]
+
+
 def test_a_convolutional_net_in_float32() -> None:
     step = step_of("conv", "float32")
     batches = batches_for("conv", "float32")
