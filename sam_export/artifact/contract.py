@@ -14,7 +14,7 @@ makes of the last is ``moved.<buffer>``.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from sam_export.artifact.loss_scaling import LossScaling
@@ -262,7 +262,7 @@ class StepContract:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StepContract:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; an older artifact has nothing of what it does not name.
 
         Raises:
             ArtifactError: A field is missing, unknown or of another type.
@@ -273,7 +273,9 @@ class StepContract:
                 f"The contract in the manifest has {', '.join(unknown)}, which this version of "
                 "sam_export does not know; the step may mean something else. Use a newer one."
             )
+        off = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
         try:
+            values = {**off, "multiples": {}, **values}
             scaling = values["loss_scaling"]
             return cls(
                 state=_specs(values["state"]),

@@ -239,3 +239,14 @@ def test_a_contract_of_a_newer_version_is_refused() -> None:
     values = {**PLAIN.to_dict(), "ascent_noise": 0.1}
     with pytest.raises(ArtifactError, match="has ascent_noise, which this version .* not know"):
         StepContract.from_dict(values)
+
+
+def test_an_older_contract_has_nothing_of_what_it_does_not_name() -> None:
+    """Fields with a default came later."""
+    values = PLAIN.to_dict()
+    for name in ("carried", "multiples", "loss_scaling", "every", "variant"):
+        del values[name]
+    assert StepContract.from_dict(values) == PLAIN
+    del values["groups"]
+    with pytest.raises(ArtifactError, match="malformed: KeyError.*groups"):
+        StepContract.from_dict(values)
