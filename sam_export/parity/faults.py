@@ -16,7 +16,8 @@ from torch import Tensor
 from sam_export.errors import ParityError
 from sam_export.parity.mutants import MUTANTS, NUMBERS, ModelName
 from sam_export.step.gradient import Objective
-from sam_export.step.passes import EPSILON, Passes, global_norm
+from sam_export.step.norms import EPSILON, global_norm
+from sam_export.step.passes import Passes
 from sam_export.step.update import Slots
 
 SELECTOR = "mutant"

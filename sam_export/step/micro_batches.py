@@ -13,7 +13,9 @@ from sam_export._compat.tracing import same_size
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import StepConfigError
 from sam_export.step.gradient import Parts, joined
-from sam_export.step.passes import Group, Passes, clipped, global_norm, two_passes
+from sam_export.step.kind import Group
+from sam_export.step.norms import global_norm
+from sam_export.step.passes import Passes, clipped, two_passes
 from sam_export.step.sam import SAM
 
 

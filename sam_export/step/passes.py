@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,27 +11,11 @@ from torch import Tensor
 
 from sam_export.artifact.semantics import Semantics
 from sam_export.step.gradient import Parts, mean_gradient
+from sam_export.step.kind import NOTHING, SAM_ITSELF, Group, Kind
 from sam_export.step.loss_scaling import Scaler
+from sam_export.step.moves import first_move, perturbed_by, with_decay
+from sam_export.step.norms import global_norm, norms_of
 from sam_export.step.variants.variant import Memory, Variant
-
-EPSILON = 1e-12
-"""Added to the gradient norm, so that a gradient of zero gives a perturbation of zero."""
-
-Perturb = Callable[
-    [Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]
-]
-"""(parameters, gradients, radii) -> ``eps``, by name."""
-
-
-_NOTHING: Memory = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group: names of its parameters and its weight decay."""
-
-    names: tuple[str, ...]
-    weight_decay: float | Tensor = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,48 +49,6 @@ class Passes:
     memory: Memory = field(default_factory=dict)
 
 
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    r"""One L2 norm over all gradients: ``sqrt(sum_i ||g_i||_2^2)``.
-
-    Accumulated in at least float32, gathered on the device of the first gradient.
-
-    Args:
-        grads: Tensors of any shapes, floating dtypes and devices.
-
-    Returns:
-        A scalar; its dtype is the widest of the gradients' and float32.
-    """
-    norm: Tensor = torch.linalg.vector_norm(norms_of(grads))
-    return norm
-
-
-def norms_of(grads: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each gradient, a vector, as `global_norm` gathers them."""
-    dtype = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
-    return torch.stack(
-        [torch.linalg.vector_norm(g, dtype=dtype).to(grads[0].device) for g in grads]
-    )
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Which SAM the passes are of.
-
-    Attributes:
-        variant: What is ascended and what the base optimizer gets.
-        perturb: Another ``eps``: a function of parameters, gradients and radii, by name.
-        ascent_steps: How many steps of length ``rho / ascent_steps`` the ascent takes, each along
-            the gradient where the last one ended.
-    """
-
-    variant: Variant = field(default_factory=Variant)
-    perturb: Perturb | None = None
-    ascent_steps: int = 1
-
-
-SAM_ITSELF = Kind()
-
-
 def two_passes(
     objectives: Parts,
     parameters: Mapping[str, Tensor],
@@ -119,7 +59,7 @@ def two_passes(
     at: Callable[[str], None] = lambda stage: None,
     stages: dict[str, Tensor] | None = None,
     kind: Kind = SAM_ITSELF,
-    memory: Memory = _NOTHING,
+    memory: Memory = NOTHING,
     started: Tensor | None = None,
     scaler: Scaler | None = None,
 ) -> Passes:
@@ -182,7 +122,7 @@ def two_passes(
         further = with_decay(further, perturbed, groups, semantics)
         norms = norms_of(list(further.values()))
         length = torch.linalg.vector_norm(norms)
-        perturbed, more, _ = _perturbed(
+        perturbed, more, _ = perturbed_by(
             perturbed, further, norms, length, groups, rho, semantics, kind
         )
         eps = {name: value + more[name] for name, value in eps.items()}
@@ -228,66 +168,6 @@ def two_passes(
     )
 
 
-@dataclass(frozen=True)
-class Move:
-    """The way from ``w`` to ``w + eps_w``.
-
-    Attributes:
-        parameters: All parameters, those with a gradient moved.
-        eps: ``eps_w`` by parameter name.
-        norm: Global L2 norm of ``eps_w``.
-        gradients: The gradient at ``w``, with the weight decay's if that is ascended, too.
-        grad_norm: Its global L2 norm.
-        directions: What is ascended: the gradient, or what the variant makes of it.
-        memory: What the variant keeps, after this.
-    """
-
-    parameters: dict[str, Tensor]
-    eps: dict[str, Tensor]
-    norm: Tensor
-    gradients: dict[str, Tensor]
-    grad_norm: Tensor
-    directions: Mapping[str, Tensor]
-    memory: Memory
-
-
-def first_move(
-    parameters: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    groups: Sequence[Group],
-    rho: Sequence[float | Tensor],
-    semantics: Semantics,
-    kind: Kind = SAM_ITSELF,
-    memory: Memory = _NOTHING,
-    started: Tensor | None = None,
-) -> Move:
-    """From the gradient at ``w`` to ``w + eps_w``: the lines of `two_passes` in between.
-
-    Args:
-        parameters: All parameters by name.
-        gradients: The gradient of the loss at ``w``, by parameter name.
-        groups: The parameters to train.
-        rho: Radius of each group.
-        semantics: Whether decay is ascended, which norm.
-        kind: Which SAM it is.
-        memory: What ``kind.variant`` keeps.
-        started: As in `two_passes`.
-    """
-    gradients = with_decay(gradients, parameters, groups, semantics)
-    norms = norms_of(list(gradients.values()))
-    grad_norm = torch.linalg.vector_norm(norms)
-    directions, memory = kind.variant.ascended(gradients, memory, started)
-    length = grad_norm
-    if directions is not gradients:
-        norms = norms_of(list(directions.values()))
-        length = torch.linalg.vector_norm(norms)
-    perturbed, eps, norm = _perturbed(
-        parameters, directions, norms, length, groups, rho, semantics, kind
-    )
-    norm = norm.to(grad_norm.dtype)
-    return Move(perturbed, eps, norm, gradients, grad_norm, directions, memory)
-
-
 def one_pass(
     objectives: Parts,
     parameters: Mapping[str, Tensor],
@@ -296,7 +176,7 @@ def one_pass(
     semantics: Semantics,
     at: Callable[[str], None] = lambda stage: None,
     kind: Kind = SAM_ITSELF,
-    memory: Memory = _NOTHING,
+    memory: Memory = NOTHING,
     scaler: Scaler | None = None,
 ) -> Passes:
     """The pass of a step without a perturbation, between those of periodic SAM.
@@ -336,70 +216,6 @@ def one_pass(
         perturbed_grad_norm=norm.clone() if semantics.clips else None,
         memory=memory,
     )
-
-
-def with_decay(
-    gradients: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
-    groups: Sequence[Group],
-    semantics: Semantics,
-) -> dict[str, Tensor]:
-    """The gradients, with the weight decay's if it is ascended, too."""
-    result = dict(gradients)
-    if semantics.decay_in_ascent:
-        for group in groups:
-            for name in group.names:
-                decay, w = group.weight_decay, parameters[name]
-                if name not in gradients:
-                    continue
-                if isinstance(decay, Tensor):
-                    result[name] = gradients[name] + w * decay.to(w)
-                elif decay:
-                    result[name] = gradients[name].add(w, alpha=decay)
-    return result
-
-
-def _perturbed(
-    parameters: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    norms: Tensor,
-    length: Tensor,
-    groups: Sequence[Group],
-    rho: Sequence[float | Tensor],
-    semantics: Semantics,
-    kind: Kind,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """All parameters, those with a gradient moved by ``eps``; ``eps``, and its norm.
-
-    ``norms`` are those of the gradients, and ``length`` is that of all.
-    """
-    radius = {name: value for g, value in zip(groups, rho, strict=True) for name in g.names}
-    perturbed = dict(parameters)
-    if kind.perturb is not None:
-        eps = dict(kind.perturb(parameters, gradients, radius))
-        perturbed |= {name: parameters[name] + value for name, value in eps.items()}
-        return perturbed, eps, global_norm(list(eps.values()))
-    if semantics.norm_over == "perturbed":
-        length = torch.linalg.vector_norm(norms * _has_radius(radius, gradients).to(norms))
-    scales = [value / (length + EPSILON) for value in rho]
-    scale_of = {
-        name: scale
-        for group, scale in zip(groups, scales, strict=True)
-        for name in group.names
-        if name in gradients
-    }
-    eps = {name: g * scale_of[name].to(g) for name, g in gradients.items()}
-    perturbed |= {name: parameters[name] + value for name, value in eps.items()}
-    if len(scales) == 1:
-        return perturbed, eps, scales[0] * length
-    chosen = torch.stack([scale_of[name] for name in gradients])
-    return perturbed, eps, torch.linalg.vector_norm(norms * chosen.to(norms))
-
-
-def _has_radius(radius: Mapping[str, float | Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
-    """1 for each gradient whose parameter has a radius, else 0; float64."""
-    radii = [torch.as_tensor(radius[name], dtype=torch.float64) for name in gradients]
-    return (torch.stack(radii) != 0).double()
 
 
 def clipped(

@@ -14,9 +14,10 @@ from sam_export.step.batch import BatchLayout
 from sam_export.step.draws import Draws
 from sam_export.step.gradient import Objective, Parts
 from sam_export.step.hyper import group_key
+from sam_export.step.kind import Group
 from sam_export.step.loss_scaling import Scaler
 from sam_export.step.micro_batches import perturbed_passes
-from sam_export.step.passes import Group, Passes, one_pass
+from sam_export.step.passes import Passes, one_pass
 from sam_export.step.update import Slots, apply_update
 from sam_export.step.variants.variant import Memory
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sam_export.errors import StepConfigError
-from sam_export.step.passes import EPSILON, Kind, global_norm
+from sam_export.step.kind import Kind
+from sam_export.step.norms import EPSILON, global_norm
 from sam_export.step.perturbation import Perturbation, perturbed_by
 from sam_export.step.variants.variant import Variant
 

@@ -26,7 +26,9 @@ from sam_export.step.batch import BatchLayout
 from sam_export.step.draws import Draws
 from sam_export.step.gradient import mean_gradient
 from sam_export.step.loss_scaling import Scaler
-from sam_export.step.passes import clipped, first_move, global_norm, with_decay
+from sam_export.step.moves import first_move, with_decay
+from sam_export.step.norms import global_norm
+from sam_export.step.passes import clipped
 from sam_export.step.pure import base_update, groups_with, told, watched_objectives
 from sam_export.step.update import Slots
 from sam_export.step.variants.variant import Memory, Variant

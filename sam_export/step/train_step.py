@@ -20,6 +20,7 @@ from sam_export.step.draws import Draws
 from sam_export.step.generators import Generators
 from sam_export.step.gradient import Objective, Parts
 from sam_export.step.hyper import hyper_of
+from sam_export.step.kind import Group
 from sam_export.step.loss_checks import check_loss, refuse_reentrant
 from sam_export.step.loss_scaling import Scaler
 from sam_export.step.micro_batches import check_micro_batches, perturbed_passes, split, waiting
@@ -29,7 +30,7 @@ from sam_export.step.mixed_precision import (
     check_precision,
     widened,
 )
-from sam_export.step.passes import Group, Passes, one_pass
+from sam_export.step.passes import Passes, one_pass
 from sam_export.step.perturbation import name_of
 from sam_export.step.pure import pure_step
 from sam_export.step.sam import SAM
@@ -336,11 +337,8 @@ class TrainStep(nn.Module):
 
     def draws(self, device: torch.device) -> Draws:
         """The random numbers of the next step."""
-        return Draws(
-            torch.tensor(self.seed, device=device),
-            torch.tensor(self.step_count, device=device),
-            same=self.semantics.randomness == "same",
-        )
+        seed, number = (torch.tensor(n, device=device) for n in (self.seed, self.step_count))
+        return Draws(seed, number, same=self.semantics.randomness == "same")
 
     def load_averages(self, model: nn.Module) -> None:
         """Copies the averaged weights and buffers into a model like the step's, to evaluate it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sam_export.errors import StepConfigError
-from sam_export.step.passes import EPSILON, global_norm
+from sam_export.step.norms import EPSILON, global_norm
 from sam_export.step.variants.variant import Gradients, Memory, Variant, checked_number, inner
 
 
