@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+LARGE_BLOCK = 31 << 20
+"""Bytes: glibc learns from freed blocks of up to 32 MiB that such sizes are worth keeping."""
+
 
 class Engine(Protocol):
     """Runs the programs of one artifact on one device and holds the training state there.

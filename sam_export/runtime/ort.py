@@ -22,6 +22,7 @@ from sam_export.artifact.philox import STEPS_PER_PART
 from sam_export.errors import SessionError
 from sam_export.runtime.cuda_options import CudaOptions, cuda_options
 from sam_export.runtime.detect import require_onnxruntime, require_training_build
+from sam_export.runtime.engine import LARGE_BLOCK
 from sam_export.runtime.ort_cuda_graph import FixedResult, RecordedSteps
 from sam_export.runtime.ort_session import OrtSessions
 from sam_export.runtime.ort_values import OrtValues, symbols
@@ -60,6 +61,9 @@ class OrtEngine:
         cuda: CudaOptions | None = None,
     ) -> None:
         self._ort = require_onnxruntime()
+        # glibc hands freed memory back to the system, and takes it page by page again in the next
+        # step, until a large block has been freed once. This one is never written to.
+        np.empty(LARGE_BLOCK, np.uint8)
         names = ("memory_limit", "tf32", "cuda_graph", "allow_cpu_nodes")
         self._cuda = cuda_options(cuda, device, artifact.target, names)
         self._training = [spec for spec in artifact.contract.programs if spec.feeds]

@@ -15,12 +15,10 @@ from sam_export.artifact.folder import Artifact
 from sam_export.errors import RuntimeUnavailableError
 from sam_export.runtime.cuda_options import CudaOptions, cuda_options
 from sam_export.runtime.detect import parse_device
+from sam_export.runtime.engine import LARGE_BLOCK
 
 Program = Callable[[list[Tensor], list[Tensor], list[Tensor]], Sequence[Tensor]]
 """State, hyper-parameters and batch to the outputs that are not state; writes the state."""
-
-_LARGE_BLOCK = 31 << 20
-"""Bytes: glibc learns from freed blocks of up to 32 MiB that such sizes are worth keeping."""
 
 
 class TorchEngine:
@@ -64,7 +62,7 @@ class TorchEngine:
         self._artifact = artifact
         # glibc hands freed memory back to the system, and takes it page by page again in the next
         # step, until a large block has been freed once. This one is never written to.
-        torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
+        torch.empty(LARGE_BLOCK, dtype=torch.uint8)
 
     @property
     def facts(self) -> dict[str, Any]:
