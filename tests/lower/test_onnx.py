@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,9 @@ class Inexact(nn.Linear):
         return super().forward(x).cos()
 
 
+@pytest.mark.skipif(
+    not ort.__version__.startswith("1.19"), reason="newer ones may have this kernel"
+)
 def test_a_missing_kernel_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     from onnxscript import opset18 as op
 

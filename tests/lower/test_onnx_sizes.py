@@ -61,8 +61,11 @@ def test_one_step_is_plain_eager_sam(name: str, dtype: torch.dtype) -> None:
         assert not math.isnan(error)
 
 
+@pytest.mark.parametrize("target", ["onnx", "onnx-training"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_instance_norm_has_a_symbolic_number_of_channels(dtype: torch.dtype) -> None:
+def test_an_instance_norm_has_a_symbolic_number_of_channels(
+    dtype: torch.dtype, target: str
+) -> None:
     """ATen has it as a BatchNorm over ``N * C`` channels."""
     torch.manual_seed(0)
     norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
@@ -70,6 +73,5 @@ def test_an_instance_norm_has_a_symbolic_number_of_channels(dtype: torch.dtype) 
     sam = sx.SAM(model.to(dtype).parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
     step = sx.TrainStep(model, nn.CrossEntropyLoss(), sam)
     batches = [(torch.randn(n, 2, 6, 6, dtype=dtype), torch.randint(3, (n,))) for n in (5, 3)]
-    targets = ["onnx", "onnx-training"]
-    report = sx.check_parity(step, batches, targets=targets, num_steps=3, isolate=False)
+    report = sx.check_parity(step, batches, targets=[target], num_steps=3, isolate=False)
     assert report.ok, str(report)

@@ -33,6 +33,7 @@ from tests.lower.test_onnx_ops import (
 from tests.lower.test_op_table import case, rows
 
 aten = torch.ops.aten
+pytestmark = pytest.mark.needs("onnx-training")
 
 
 def gradient_cases(dtype: torch.dtype) -> dict[str, Case]:

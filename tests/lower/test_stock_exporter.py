@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ def test_with_our_table() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_it(name: str) -> None:
+    if name == "norm in float64" and not ort.__version__.startswith("1.19"):
+        pytest.skip("ONNX Runtime 1.32.0 has it right")
     nothing = Tables(forms={}, decomposed=[], own_decompositions={})
     with pytest.raises(AssertionError):
         check(None, nothing, **{name: (with_gradients(CASES[name][0]), inputs(name))})

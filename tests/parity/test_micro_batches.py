@@ -32,6 +32,7 @@ def test_targets_in_float64(kind: str, per: str, target: str, semantics: dict[st
     assert report.ok, str(report)
 
 
+@pytest.mark.needs("ort-artifacts")
 @pytest.mark.parametrize("per", ["batch", "micro_batch"])
 def test_ort_artifacts(per: str) -> None:
     """In float32, which is all that it has."""

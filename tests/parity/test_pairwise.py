@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import torch
 from covertable import make
 from torch import Tensor, nn, optim
 
 import sam_export as sx
+from sam_export.runtime.detect import target_status
 
 OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "SGD": (optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
@@ -189,6 +191,8 @@ def step_of(cell: Any) -> sx.TrainStep:
 
 
 def check(cell: Any) -> None:
+    if missing := target_status(cell.target).run:
+        pytest.skip(f"{cell.target} needs {missing[0].what}")
     step, dtype = step_of(cell), getattr(torch, cell.dtype)
     generator = torch.Generator().manual_seed(1)
     batches = [
@@ -211,10 +215,12 @@ def marked(cell: Any) -> Any:
     """Known gaps. RMSprop's second step leaves a LayerNorm row with a deviation of 9e-4.
 
     It amplifies what ONNX Runtime's float32 Sigmoid (of SiLU) is off by: 1.6e-6 of the value, where
-    torch's is off by 1.2e-7. With ReLU in its place, or in float64, the cell passes.
+    torch's is off by 1.2e-7. With ReLU in its place, in float64, or in ONNX Runtime 1.32.0 the cell
+    passes.
     """
     row = (cell.optimizer, cell.model, cell.dtype)
     is_gap = row == ("RMSprop", "norms", "float32") and cell.target in ONNX
+    is_gap = is_gap and ort.__version__.startswith("1.19")
     reason = "ONNX Runtime's Sigmoid, amplified by a row of LayerNorm"
     marks = [pytest.mark.xfail(strict=True, reason=reason)] if is_gap else []
     return pytest.param(cell, id=named(cell), marks=marks)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from sam_export.artifact import state_file
-from sam_export.runtime.detect import TARGETS, target_status
 from tests.runtime.ort_stock import exported, made
 
 
@@ -24,20 +23,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return exported(made(name), root / name.replace(" ", "_")).path
 
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _target_can_run(request: pytest.FixtureRequest) -> None:
-    """Skips a test of a target that this environment cannot run, and says what it lacks.
-
-    With another ONNX Runtime (`scripts/test-onnxruntime`) those are the targets that need a
-    training build.
-    """
-    call = getattr(request.node, "callspec", None)
-    target = call.params.get("target") if call is not None else None
-    missing = target_status(target).run if target in TARGETS else ()
-    if missing:
-        pytest.skip(f"{target} needs {missing[0].what}")
 
 
 @pytest.fixture(params=["sync", "replace"])
