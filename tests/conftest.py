@@ -1,4 +1,4 @@
-"""Which tests this environment can run: with a plain ONNX Runtime, those that need no training build."""
+"""Tests that this environment cannot run are skipped: of targets whose runtime is not here."""
 
 from __future__ import annotations
 
