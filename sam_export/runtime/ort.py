@@ -23,9 +23,10 @@ from sam_export.errors import SessionError
 from sam_export.runtime.cuda_options import CudaOptions, cuda_options
 from sam_export.runtime.detect import require_onnxruntime, require_training_build
 from sam_export.runtime.engine import LARGE_BLOCK
+from sam_export.runtime.ort_call import OrtCall
 from sam_export.runtime.ort_cuda_graph import FixedResult, RecordedSteps
 from sam_export.runtime.ort_session import OrtSessions
-from sam_export.runtime.ort_values import OrtValues, symbols
+from sam_export.runtime.ort_values import OrtValues
 from sam_export.runtime.random_inputs import RandomInputs
 
 
@@ -76,14 +77,8 @@ class OrtEngine:
         self._sessions = OrtSessions(self._ort, artifact, device, threads, self._cuda)
         self._values = OrtValues(self._ort, self._sessions.kind, self._sessions.index)
         self._artifact = artifact
-        self._reported = {
-            spec.name: [output for output in spec.outputs if output.name not in spec.feeds]
-            for spec in artifact.contract.programs
-        }
-        self._fed = {
-            spec.name: [item.name for item in artifact.contract.fed(spec)]
-            for spec in artifact.contract.programs
-        }
+        contract = artifact.contract
+        self._calls = {spec.name: OrtCall(spec, contract.fed(spec)) for spec in contract.programs}
         self._kept_back = {
             spec.feeds[output]
             for spec in self._training
@@ -229,11 +224,8 @@ class OrtEngine:
     def _run(self, spec: ProgramSpec, binding: Any, batch: Sequence[Any]) -> dict[str, Any]:
         inputs, sizes = self._inputs(spec, batch)
         # Alive until the graph has run.
-        held = [self._values.bind_batch(binding, name, value) for name, value in inputs.items()]
-        results = {}
-        for output in self._reported[spec.name]:
-            results[output.name] = self._values.room(output, sizes)
-            binding.bind_ortvalue_output(output.name, results[output.name])
+        held = self._values.bind_inputs(binding, inputs)
+        results = self._calls[spec.name].bind_results(binding, self._values, sizes)
         self._session(spec.name).run_with_iobinding(binding)
         del held
         return results
@@ -242,9 +234,9 @@ class OrtEngine:
         self, spec: ProgramSpec, batch: Sequence[Any]
     ) -> tuple[dict[str, Any], dict[str, int]]:
         """What a program is fed in this step, random numbers too; and its symbolic sizes."""
-        names = self._fed[spec.name]
-        inputs = dict(zip(names, batch, strict=True))
-        sizes = symbols(self._artifact.contract.batch, batch, names)
+        call = self._calls[spec.name]
+        inputs = dict(zip(call.fed, batch, strict=True))
+        sizes = call.sizes(batch)
         if self._drawn_with is not None:
             seed, step = self._drawn_with
             step += int(inputs.get(PART, 0)) * STEPS_PER_PART

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from sam_export.artifact.contract import ProgramSpec
 from sam_export.errors import SessionError
 from sam_export.runtime.batches import contiguous
+from sam_export.runtime.ort_call import OrtCall
 from sam_export.runtime.ort_values import OrtValues
 
 
@@ -71,7 +72,7 @@ class RecordedSteps:
     ) -> None:
         self._ort = ort
         self._session = session
-        self._spec = spec
+        self._call = OrtCall(spec, ())
         self._values = values
         self._bind_state = bind_state
         self._recordings: dict[Any, _Recording] = {}
@@ -137,15 +138,8 @@ class RecordedSteps:
     ) -> _Recording:
         binding = self._bind_state(side)
         inputs = {name: self._values.of(np.array(array)) for name, array in arrays.items()}
-        results = {
-            output.name: self._values.room(output, sizes)
-            for output in self._spec.outputs
-            if output.name not in self._spec.feeds
-        }
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in results.items():
-            binding.bind_ortvalue_output(name, value)
+        self._values.bind_inputs(binding, inputs)
+        results = self._call.bind_results(binding, self._values, sizes)
         options = self._ort.RunOptions()
         # 0 is the number of runs that give none, -1 forbids recording.
         options.add_run_config_entry("gpu_graph_id", str(len(self._recordings) + 1))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sam_export.artifact.contract import TensorSpec
 from sam_export.runtime.batches import contiguous
 
 _TYPES = {
@@ -50,26 +49,33 @@ class OrtValues:
         """
         return self._ort.OrtValue.ortvalue_from_numpy(array, self.kind, self.index)
 
-    def room(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Any:
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """A new buffer for one result.
 
         What a binding allocates itself it hands out by reference, and replaces at the next run:
         a result of an earlier step would change under its reader.
         """
-        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         return self._ort.OrtValue.ortvalue_from_shape_and_type(
-            shape, _TYPES[spec.dtype], self.kind, self.index
+            shape, _TYPES[dtype], self.kind, self.index
         )
+
+    def bind_inputs(self, binding: Any, inputs: Mapping[str, Any]) -> list[Any]:
+        """Binds inputs by name; returns what has to stay alive while the graph runs."""
+        own, held = self._ort.OrtValue, []
+        for name, value in inputs.items():
+            if isinstance(value, own):
+                binding.bind_ortvalue_input(name, value)
+                held.append(value)
+            else:
+                held.append(self.bind_batch(binding, name, value))
+        return held
 
     def bind_batch(self, binding: Any, name: str, value: Any) -> Any:
         """Binds a tensor of the batch as an input; returns what has to stay alive while it runs.
 
         A torch tensor on the very device is read where it is: torch's stream is waited for, since
-        ONNX Runtime has one of its own. So is an ``OrtValue``.
+        ONNX Runtime has one of its own.
         """
-        if isinstance(value, self._ort.OrtValue):
-            binding.bind_ortvalue_input(name, value)
-            return value
         if self._is_here(value):
             import torch
 
@@ -89,17 +95,3 @@ class OrtValues:
         return self.kind == "cuda" and (
             getattr(value, "is_cuda", False) and value.device.index == self.index
         )
-
-
-def symbols(
-    specs: Iterable[TensorSpec], batch: Sequence[Any], names: Sequence[str]
-) -> dict[str, int]:
-    """Symbolic size to its value in this batch."""
-    shapes = {name: value.shape for name, value in zip(names, batch, strict=True)}
-    return {
-        size: int(shapes[spec.name][d])
-        for spec in specs
-        if spec.name in shapes
-        for d, size in enumerate(spec.shape)
-        if isinstance(size, str)
-    }

@@ -12,6 +12,7 @@ import pytest
 from sam_export.artifact.contract import ProgramSpec, TensorSpec
 from sam_export.errors import SessionError
 from sam_export.runtime.ort_cuda_graph import RecordedSteps
+from sam_export.runtime.ort_values import OrtValues
 
 RUNS_TO_RECORD = 3
 
@@ -21,6 +22,14 @@ class Value:
 
     def __init__(self, array: Any) -> None:
         self.memory = np.array(array)
+
+    @classmethod
+    def ortvalue_from_numpy(cls, array: Any, kind: str, index: int) -> Value:
+        return cls(array)
+
+    @classmethod
+    def ortvalue_from_shape_and_type(cls, shape: Any, dtype: Any, kind: str, index: int) -> Value:
+        return cls(np.zeros(shape, dtype))
 
     def numpy(self) -> Any:
         return self.memory.copy()
@@ -82,8 +91,8 @@ class Setup:
         self.w, self.even, self.odd = Value(1.0), Value(10.0), Value(10.0)
         specs = [TensorSpec(name, "metric", "float64", ()) for name in ("loss", "new.w", "new.v")]
         spec = ProgramSpec("step", ("w", "v", "x"), tuple(specs), {"new.w": "w", "new.v": "v"})
-        values = SimpleNamespace(of=Value, room=lambda spec, sizes: Value(np.zeros(())))
-        ort = SimpleNamespace(RunOptions=Options)
+        ort: Any = SimpleNamespace(RunOptions=Options, OrtValue=Value)
+        values = OrtValues(ort, "cuda", 0)
         self.steps = RecordedSteps(ort, self.session, spec, values, self.binding)  # type: ignore[arg-type]
         self.side = 0
 
