@@ -24,6 +24,21 @@ from sam_export.parity.tolerances import Tolerances
 State = Mapping[str, NDArray[Any]]
 
 
+_SQUARES = tuple(
+    f"slot.{key}."
+    for key in (
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "square_avg",
+        "sum",
+        "variance",
+        "row_var",
+        "col_var",
+    )
+)
+"""Slots of torch's optimizers that add up squares of gradients."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One tensor or metric after one step: what the judge did, and how far others are from it.
@@ -40,6 +55,7 @@ class Sample:
             says so, and derives it).
         wide: With autocast: distance of the oracle without its casts from the judge, that is the
             part of the noise that sums in float32 have; else None.
+        squared: Whether it holds squares of gradients (``exp_avg_sq``).
     """
 
     change: float
@@ -50,6 +66,7 @@ class Sample:
     note: str = ""
     known: float = 0.0
     wide: float | None = None
+    squared: bool = False
 
 
 def mismatches(expected: State, found: State, initial: State) -> dict[str, str]:
@@ -143,6 +160,7 @@ def measure(
             rounding=tol.half_ulp * eps(array) * norm(array.astype(np.float64)) * math.sqrt(steps),
             exact=name in untrained or (is_constant and name in buffers),
             wide=None if wide is None else norm(change(*wide, name) - reference),
+            squared=name.startswith(_SQUARES),
         )
     return samples
 

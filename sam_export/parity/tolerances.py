@@ -22,7 +22,9 @@ class Tolerances:
         factor: Multiple of the floor that is allowed in every dtype. The floor is the largest of
             five draws of rounding noise and a right target is a sixth draw, so 1 would fail one
             time in six; its sums may be grouped otherwise (blocked, fused, one by one), and the
-            errors of two groupings of n terms differ by up to about sqrt(n), here n = 100.
+            errors of two groupings of n terms differ by up to about sqrt(n), here n = 100. Where
+            a gradient is nothing but noise, its squares (``exp_avg_sq``) are allowed the square
+            of it, which is the same for the gradient.
         narrow: Multiple of the floor that is allowed for the roundings of autocast's casts, beside
             ``factor`` times the floor without them. A right target rounds where eager does, or at
             fewer places (fused operators), and adds up in float32: so its error is one more draw

@@ -60,8 +60,12 @@ def floor_and_bound(
     if sample.exact:
         return 0.0, 0.0
     floor = max(noise, sample.rounding)
+    is_noise = sample.change < tol.floors * floor
     allowed = tol.factor * floor
-    if sample.wide is not None and sample.change >= tol.floors * floor:
+    if sample.squared and is_noise:
+        # Where a gradient is all noise, one of ``factor`` floors has a square of their square.
+        allowed = tol.factor**2 * floor
+    if sample.wide is not None and not is_noise:
         # Sums differ as they do without autocast; of the roundings of its casts a target has no
         # more than eager. Where all is noise it may be the square of one (``exp_avg_sq``).
         allowed = tol.factor * max(sample.wide, sample.rounding) + tol.narrow * noise

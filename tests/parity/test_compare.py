@@ -165,3 +165,24 @@ def test_worst_per_step_leaves_noise_out() -> None:
     assert worst_per_step([step], {"v"}, ()) == (pytest.approx(1e-2),)
     assert worst_per_step([step], (), {"v"}) == (pytest.approx(1e-2),)
     assert worst_per_step([step], (), ()) == (pytest.approx(1e-1),)
+
+
+def test_squares_of_noise_vary_by_its_square() -> None:
+    """A gradient that is nothing but noise, of ten floors, has a square of a hundred."""
+    noise, signal = Sample(1e-20, 1e-20, 0.0), Sample(1.0, 1e-20, 0.0)
+    for squared, factor, allowed in ((True, 99, True), (True, 101, False), (False, 11, False)):
+        sample = replace(noise, squared=squared, error=factor * 1e-20)
+        (row,) = judge_steps([{"v": sample}], {}, "free-running", "float64", TOL)
+        assert (row.verdict != "FAIL") == allowed, (squared, factor)
+    (row,) = judge_steps(
+        [{"v": replace(signal, squared=True, error=2e-9)}], {}, "free-running", "float64", TOL
+    )
+    assert row.verdict == "FAIL"
+
+
+def test_which_slots_are_squares() -> None:
+    names = ("slot.exp_avg_sq.w", "slot.exp_avg.w", "slot.square_avg.w", "w", "exp_avg_sq")
+    after = {name: np.ones(3) for name in names}
+    start = {name: np.zeros(3) for name in names}
+    samples = measure(start, after, after, [(start, after)], 1, TOL)
+    assert [samples[name].squared for name in names] == [True, False, True, False, False]
