@@ -31,7 +31,9 @@ def test_they_go_to_the_session_and_into_the_report(
         def __init__(self, *_: Any, **__: Any) -> None:
             raise sx.RuntimeUnavailableError("no device")
 
-    def child(folder: Any, device: str, threads: int, draws: bool, hyper: Any, cuda: Any) -> Any:
+    def child(
+        folder: Any, device: str, threads: int, draws: bool, hyper: Any, cuda: Any, in_stages: bool
+    ) -> Any:
         asked.append((device, cuda))
         return Refused()
 
