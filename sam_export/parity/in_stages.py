@@ -52,10 +52,6 @@ class InStages:
         """Makes ``state`` the current one; see `Session.set_state`."""
         self.session.set_state(state)
 
-    def evaluate(self, *inputs: Any) -> Any:
-        """See `Session.evaluate`."""
-        return self.session.evaluate(*inputs)
-
     def step(self, *batch: Any, **hyper: Any) -> StepResult:
         """One step; see `Session.step`."""
         ascent = self.session.ascent(*batch)

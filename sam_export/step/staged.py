@@ -229,16 +229,14 @@ def update_stage(
     with torch.no_grad():
         at("check")
         final: Mapping[str, Tensor] = gradients
-        are_finite = []
         if needs_both_gradients(step):
             first = with_decay(ascended, parameters, groups, semantics)
             _, memory = variant.ascended(first, memory, started)
             final, memory = variant.descended(first, gradients, memory)
-            are_finite = [torch.isfinite(global_norm(list(first.values())))]
         norm = global_norm(list(final.values()))
         finite = torch.isfinite(norm)
-        for own in are_finite:
-            finite = finite & own
+        if needs_both_gradients(step):
+            finite = finite & torch.isfinite(global_norm(list(first.values())))
         own_start = started if starts_specially else None
         at("update")
         used = clipped(final, norm, semantics)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sam_export.artifact.contract import HyperSpec, StepContract, TensorSpec
+from sam_export.artifact.contract import HyperSpec, ProgramSpec, StepContract, TensorSpec
 from sam_export.artifact.manifest import STATE_FILE, FileEntry, Manifest, check_contract
 from sam_export.artifact.semantics import Semantics
 from sam_export.errors import ArtifactError
@@ -250,3 +250,12 @@ def test_an_older_contract_has_nothing_of_what_it_does_not_name() -> None:
     del values["groups"]
     with pytest.raises(ArtifactError, match="malformed: KeyError.*groups"):
         StepContract.from_dict(values)
+
+
+def test_stages_come_all_three_with_what_goes_between_them() -> None:
+    gradient = TensorSpec("gradient.w", "gradient", "float32", (3,))
+    with pytest.raises(ArtifactError, match="of the stages only none, with 1 carried tensors"):
+        check_contract(replace(PLAIN, carried=(gradient,)))
+    ascent = ProgramSpec("ascent", (), (), {})
+    with pytest.raises(ArtifactError, match="of the stages only ascent, with 1 carried"):
+        check_contract(replace(PLAIN, carried=(gradient,), programs=(*PLAIN.programs, ascent)))

@@ -41,7 +41,7 @@ def test_it_trains_as_eager_did(folder: Path, in_stages: bool) -> None:
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_its_checkpoint_goes_on(folder: Path) -> None:
-    """Saved after the first step when the artifact was made, by the other target."""
+    """Saved after the first step when the artifact was made, by the session of ``onnx``."""
     if missing := target_status(folder.name).run:
         pytest.skip(f"{folder.name} needs {missing[0].what}")
     session = sx.load(folder)

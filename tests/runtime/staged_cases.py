@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -52,7 +51,6 @@ def batch_of(size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0) -
 _ROOT = tempfile.TemporaryDirectory(prefix="sam_export-staged-")
 
 
-@functools.cache
 def folder_of(target: str, given: str) -> Path:
     """The artifact of `session_of`'s arguments, made once."""
     return Path(_ROOT.name, f"{target}-{hashlib.sha256(given.encode()).hexdigest()[:16]}")

@@ -195,6 +195,20 @@ def test_the_module_alone(tmp_path: Path) -> None:
         module.descent(x, y, wrong)
 
 
+def test_the_module_alone_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    step = step_over("plain", semantics={"on_nonfinite": "raise"})
+    sx.export(sx.capture(step, batch_of(), staged=True), tmp_path / "step", "torchscript")
+    module = torchscript.load_scripted(tmp_path / "step" / "step.pt", torch.device("cpu"))
+    x, y = batch_of()
+    before = getattr_path(module, "0.weight").copy()
+    none: dict[str, Tensor] = {}
+    given = module.descent(x, y, module.ascent(x * float("nan"), y, none))
+    with pytest.raises(torch.jit.Error, match=r"not finite.*nothing was changed"):
+        module.update(given)
+    np.testing.assert_array_equal(getattr_path(module, "0.weight"), before)
+    assert module.step_count == 0
+
+
 def getattr_path(module: Any, name: str) -> np.ndarray:
     for part in name.split("."):
         module = getattr(module, part)
