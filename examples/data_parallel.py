@@ -75,6 +75,8 @@ def main() -> None:
     session = sx.load(args.artifact, threads=1)
     with np.load(args.data) as data:
         arrays = [data[spec.name] for spec in session.contract.batch]
+    if not 0 < args.batch <= len(arrays[0]):
+        parser.error(f"--batch {args.batch}: {args.data} holds {len(arrays[0])} examples")
     size = args.batch // count
     for epoch in range(args.epochs):
         losses = []

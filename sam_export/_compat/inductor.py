@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import re
 import types
 import warnings
 from collections import Counter
@@ -113,26 +114,33 @@ def exported_model(
         )
 
 
-def compiled(function: Callable[..., Any], varying: str, eager_random: bool) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], varying: Sequence[str], eager_random: bool
+) -> Callable[..., Any]:
     """``function`` as one graph under Inductor.
 
     Dynamo guards every tensor of every call, which takes as long as a small step. Here only the
-    argument ``varying`` (the batch) can change: the session has checked it, owns the rest, and
-    means the same under any ambient setting (autocast, gradient mode).
+    sizes of the tensors ``varying`` can change: the session has checked what it was given, owns the
+    rest, and means the same under any ambient setting (autocast, gradient mode). No two arguments
+    may be one object: that they are is not guarded either.
 
     Args:
         function: What to compile.
-        varying: Name of the only argument whose sizes may change from call to call.
+        varying: The tensors whose sizes may change from call to call: ``batch[0]`` is the first of
+            the argument ``batch``.
         eager_random: Draw random numbers as eager does.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
         importlib.import_module("torch._inductor.compile_fx")
 
+    # Dynamo's names of them: L['batch'][0].
+    guarded = {re.sub(r"^(\w+)", r"L['\1']", name) for name in varying}
+
     def kept(guards: Sequence[Any]) -> list[bool]:
         return [
             guard.guard_type == "SHAPE_ENV"
-            or (guard.guard_type == "TENSOR_MATCH" and guard.name.startswith(f"L['{varying}']"))
+            or (guard.guard_type == "TENSOR_MATCH" and guard.name in guarded)
             for guard in guards
         ]
 

@@ -14,6 +14,7 @@ makes of the last is ``moved.<buffer>``.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -171,6 +172,11 @@ class ProgramSpec:
     inputs: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
     feeds: dict[str, str]
+
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """``inputs`` to look a name up in, which every step does."""
+        return frozenset(self.inputs)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
         SessionError: Another kind or number of entries, another name, dtype, rank or size, sizes
             that contradict each other, or a size below the smallest that the step allows.
     """
-    specs = [spec for spec in contract.batch if spec.name in program.inputs]
+    specs = [spec for spec in contract.batch if spec.name in program.reads]
     call = "step" if program.name == "base_step" else program.name
     if contract.batch_kind == "dict":
         tensors = _by_name(given, specs, contract, call)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from types import ModuleType
 from typing import Any
 
-from sam_export.artifact.contract import TensorSpec
+from sam_export.artifact.contract import BY_EXAMPLES, TensorSpec
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import ArtifactError, RuntimeUnavailableError, SamExportError
 from sam_export.runtime import onnx_protobuf as pb
@@ -45,7 +46,9 @@ second one a scalar factor, which becomes a float32 number in 1.31.1; the third 
 class OrtSessions:
     """The sessions of an artifact's programs on one device; each is opened when first asked for.
 
-    On a CUDA device each session is asked where its nodes run, see `runtime.placement`.
+    On a CUDA device each session is asked where its nodes run, see `runtime.placement`. On the CPU,
+    where several programs train (stages, periodic SAM), they take memory from one arena: each would
+    else keep the activations of its pass for itself, though no two programs run at once.
 
     Args:
         ort: The ``onnxruntime`` module.
@@ -73,6 +76,10 @@ class OrtSessions:
         self.kind, self.index = parse_device(device)
         self._threads = threads
         self._cuda = cuda
+        passes = [spec for spec in artifact.contract.programs if spec.name in BY_EXAMPLES]
+        self._shared = self.kind == "cpu" and len(passes) > 1
+        if self._shared:
+            _register_arena(ort)
         self._sessions: dict[str, Any] = {}
         self._placed: dict[str, dict[str, Any]] = {}
 
@@ -126,6 +133,8 @@ class OrtSessions:
         options.log_severity_level = 3
         # Threads that spin between steps slow down everything else on the machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._shared:
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
 
@@ -217,6 +226,20 @@ class OrtSessions:
                 )
             for item, wanted in zip(found, expected, strict=True):
                 _check_tensor(program, kind, item, wanted)
+
+
+@functools.cache
+def _register_arena(ort: ModuleType) -> None:
+    """Makes the arena of this process that sessions may share; it is never given back."""
+    cpu = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    try:
+        ort.create_and_register_allocator(cpu, None)
+    except RuntimeError as error:
+        if "already been registered" not in str(error):
+            raise
+        # By other code in this process (1.19.2; later ones replace it): that one does as well.
 
 
 def _check_tensor(program: str, kind: str, found: Any, wanted: TensorSpec) -> None:

@@ -77,6 +77,7 @@ class Session(StagedCalls):
         self._engine = engine
         self._artifact = artifact
         self._step_count = 0
+        self._hyper = {}
         self._set_hyper({spec.name: spec.defaults for spec in contract.hyper})
         self.set_state(initial_state)
         slots = [spec.name for spec in contract.state if spec.role == "slot"]
@@ -295,7 +296,7 @@ class Session(StagedCalls):
         self, program: ProgramSpec, batch: list[Any], hyper: Mapping[str, tuple[float, ...]]
     ) -> dict[str, Any]:
         arrays = self._hyper_arrays if hyper is self._hyper else _vectors(hyper)
-        read = {name: array for name, array in arrays.items() if HYPER + name in program.inputs}
+        read = {name: array for name, array in arrays.items() if HYPER + name in program.reads}
         return self._engine.run(program.name, batch, read)
 
     def _result(self, program: ProgramSpec, results: Mapping[str, Any]) -> StepResult:
@@ -320,8 +321,8 @@ class Session(StagedCalls):
         self._number += 1
 
     def _set_hyper(self, values: Mapping[str, tuple[float, ...]]) -> None:
-        self._hyper = dict(values)
-        self._hyper_arrays = _vectors(values)
+        if values is not self._hyper:
+            self._hyper, self._hyper_arrays = dict(values), _vectors(values)
 
 
 def _outputs(program: ProgramSpec) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -30,7 +30,9 @@ class TorchCompileEngine(FlatTorchEngine):
         scalars = scalar_positions(self._artifact.contract, spec)
         drawn = self._artifact.details.get("random_ops")
         program = inductor.compiled(
-            in_place(graph, spec, discarded, scalars), varying="batch", eager_random=bool(drawn)
+            in_place(graph, spec, discarded, scalars),
+            varying=[f"batch[{index}]" for index, _ in self._varying[spec.name]],
+            eager_random=bool(drawn),
         )
         if not self._cuda.cuda_graph or not spec.feeds:
             return program
@@ -40,10 +42,23 @@ class TorchCompileEngine(FlatTorchEngine):
                 "before a recording move. Export it with Semantics(generator='philox'), or load "
                 "it without CudaOptions(cuda_graph=True)."
             )
-        return RecordedProgram(program, partial(self._before_run, spec))
+        return RecordedProgram(program, functools.partial(self._before_run, spec.name))
 
-    def _before_run(self, spec: ProgramSpec, batch: Sequence[Tensor]) -> None:
-        for item, tensor in zip(self._artifact.contract.fed(spec), batch, strict=True):
-            for dim, size in enumerate(item.shape):
-                if isinstance(size, str) and tensor.shape[dim] > 1:
-                    inductor.mark_dynamic(tensor, dim)
+    def _before_run(self, program: str, batch: Sequence[Tensor]) -> None:
+        for index, dim in self._varying[program]:
+            if batch[index].shape[dim] > 1:
+                inductor.mark_dynamic(batch[index], dim)
+
+    @functools.cached_property
+    def _varying(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Program to the dimensions of what it is given whose size is symbolic: tensor, number."""
+        contract = self._artifact.contract
+        return {
+            program.name: tuple(
+                (index, dim)
+                for index, item in enumerate(contract.fed(program))
+                for dim, size in enumerate(item.shape)
+                if isinstance(size, str)
+            )
+            for program in contract.programs
+        }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,8 @@ class TorchEngine:
 
     def _tensor(self, value: Any) -> Tensor:
         if isinstance(value, Tensor):
+            # An object of its own: Dynamo takes one that is given twice for one input for ever, and
+            # marks what it compiles for.
             return value.detach().to(self._device).contiguous()
         array = np.ascontiguousarray(value).reshape(np.shape(value))
         # torch shares the array's memory and wants to be allowed to write to it; it never does.
@@ -111,6 +115,23 @@ class Changes:
         return changed
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a program is run with, worked out once instead of at every run.
+
+    Attributes:
+        run: The program.
+        state: The tensors that it reads and writes, in order.
+        hyper: Those of the hyper-parameters, in order.
+        results: Names of its outputs that are not state, in order.
+    """
+
+    run: Program
+    state: list[Tensor]
+    hyper: list[Tensor]
+    results: tuple[str, ...]
+
+
 class FlatTorchEngine(TorchEngine):
     """Holds the state as tensors, and runs programs over flat lists of them that write it in place.
 
@@ -126,7 +147,7 @@ class FlatTorchEngine(TorchEngine):
     ) -> None:
         super().__init__(artifact, device, threads, cuda)
         self._state: dict[str, Tensor] = {}
-        self._programs: dict[str, Program] = {}
+        self._calls: dict[str, _Call] = {}
         self._hyper: dict[str, Tensor] = {}
         self._changed = Changes()
 
@@ -144,27 +165,35 @@ class FlatTorchEngine(TorchEngine):
         self, program: str, batch: Sequence[Any], hyper: Mapping[str, NDArray[Any]]
     ) -> dict[str, Any]:
         """Runs one program on the current state; see `runtime.engine.Engine`."""
-        spec = self._artifact.contract.program(program)
-        state = [self._state[name] for name in spec.inputs if name in self._state]
         for name, values in self._changed.of(hyper):
             if HYPER + name not in self._hyper:
                 zeros = torch.zeros(len(values), dtype=torch.float64, device=self._device)
                 self._hyper[HYPER + name] = zeros
             self._hyper[HYPER + name].copy_(torch.from_numpy(values))
-        hypers = [self._hyper[name] for name in spec.inputs if name in self._hyper]
         tensors = [self._tensor(value) for value in batch]
-        self._before_run(spec, tensors)
-        if spec.name not in self._programs:
-            self._programs[spec.name] = self._program(spec)
+        self._before_run(program, tensors)
+        call = self._calls.get(program)
+        if call is None:
+            call = self._calls[program] = self._call(self._artifact.contract.program(program))
         with torch.no_grad():
-            results = self._programs[spec.name](state, hypers, tensors)
-        names = [output.name for output in spec.outputs if output.name not in spec.feeds]
-        return dict(zip(names, results, strict=True))
+            results = call.run(call.state, call.hyper, tensors)
+        return dict(zip(call.results, results, strict=True))
+
+    def _call(self, spec: ProgramSpec) -> _Call:
+        return _Call(
+            run=self._program(spec),
+            state=[self._state[name] for name in spec.inputs if name in self._state],
+            hyper=[self._hyper[name] for name in spec.inputs if name in self._hyper],
+            results=tuple(item.name for item in spec.outputs if item.name not in spec.feeds),
+        )
 
     def current(self, names: Sequence[str]) -> dict[str, Any]:
         """The named state tensors where they are."""
-        shapes: dict[str, Any] = {spec.name: spec.shape for spec in self._artifact.contract.state}
-        return {name: self._state[name].reshape(shapes[name]) for name in names}
+        return {name: self._state[name].reshape(self._shapes[name]) for name in names}
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, Any]:
+        return {spec.name: spec.shape for spec in self._artifact.contract.state}
 
     def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Copies of the named state tensors, on the host."""
@@ -173,5 +202,5 @@ class FlatTorchEngine(TorchEngine):
     def _program(self, spec: ProgramSpec) -> Program:
         raise NotImplementedError
 
-    def _before_run(self, spec: ProgramSpec, batch: Sequence[Tensor]) -> None:
+    def _before_run(self, program: str, batch: Sequence[Tensor]) -> None:
         """Sees the batch of every run first."""

@@ -79,6 +79,23 @@ def test_tensors_of_any_layout_give_the_same_step(target: str, exported: Path) -
         np.testing.assert_allclose(other.state[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("target", RUN_HERE)
+def test_one_tensor_given_twice_stays_two_inputs(target: str) -> None:
+    """As an autoencoder gets its batch; what was compiled for that must not outlive it."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+    x, y = torch.randn(6, 4), torch.randn(6, 4)
+    captured = sx.capture(sx.TrainStep(model, nn.MSELoss(), sam), (x, y))
+    twice, plain = (sx.load(captured, target=target, threads=1) for _ in range(2))
+    for first, second in ((x, x), (x, y), (y, y)):
+        found = twice.step(first, second)
+        assert float(found.loss) == float(plain.step(first.clone(), second.clone()).loss)
+        assert vars(first) == {}  # Dynamo keeps its marks on the tensors that it sees
+    for name, value in plain.state.items():
+        np.testing.assert_array_equal(twice.state[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_not_finite_is_ignored_when_asked(target: str) -> None:
     step = make(torch.float32, "sgd", on_nonfinite="ignore")
