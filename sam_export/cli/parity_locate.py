@@ -51,11 +51,13 @@ class Failed:
         target: The target that differs.
         step: Number, from 1, of a step from eager's state that differs.
         artifact: The user's own, which differs; None: one that is built for the search.
+        in_stages: Whether only its stages differ, which cannot be searched.
     """
 
     target: str
     step: int
     artifact: Path | None = None
+    in_stages: bool = False
 
 
 def failed_steps(report: ParityReport, artifacts: Mapping[str, Path]) -> dict[str, Failed]:
@@ -63,7 +65,7 @@ def failed_steps(report: ParityReport, artifacts: Mapping[str, Path]) -> dict[st
 
     Lock-step runs each step from eager's state, as the search does; where only the free run
     differs, it is step 1. Where a target differs with its stages only, the target itself is
-    searched.
+    searched; where an artifact differs as one graph and in its stages, the one graph.
 
     Args:
         report: Of the check.
@@ -73,6 +75,7 @@ def failed_steps(report: ParityReport, artifacts: Mapping[str, Path]) -> dict[st
         ArtifactError: One of them cannot be opened any more.
     """
     from sam_export.artifact.folder import open_artifact
+    from sam_export.parity.check import IN_STAGES
 
     found: dict[str, Failed] = {}
     for row in report.targets:
@@ -80,9 +83,12 @@ def failed_steps(report: ParityReport, artifacts: Mapping[str, Path]) -> dict[st
         if not row.failed:
             continue
         number = max(1, min(steps, default=1))
-        if row.name in artifacts:
-            path = artifacts[row.name]
-            found[row.name] = Failed(open_artifact(path).target, number, path)
+        whole = row.name.removesuffix(IN_STAGES)
+        if whole in artifacts:
+            if whole not in found:  # the row in stages comes after that of the whole
+                path = artifacts[whole]
+                target = open_artifact(path).target
+                found[row.name] = Failed(target, number, path, in_stages=row.name != whole)
         else:
             target = row.name.removesuffix(", stages")
             found.setdefault(target, Failed(target, number))
@@ -115,6 +121,13 @@ def run_locate(
     captured = captured_of(step, batches[0], dynamic)
     locations = []
     for name, start in failed.items():
+        if start.in_stages:
+            print(
+                f"{name}: not searched: the step as one graph is equal, and only that can be. "
+                "'loss' and the gradient's norm are of ascent, the perturbed loss and the "
+                "perturbation of descent, and new weights after right losses and norms of update."
+            )
+            continue
         state = captured.state
         try:
             for index in range(start.step - 1):

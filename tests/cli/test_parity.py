@@ -312,6 +312,38 @@ def test_locate_searches_the_artifact_that_was_given(
     assert reproduced(str(out / "old"))[0] == 1
 
 
+def test_locate_on_an_artifact_that_differs_in_its_stages(
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the whole step wrong, that is searched; with a stage alone, its name is said."""
+    recipe, wrong, right = f"{workplace.recipe}:recipe", tmp_path / "wrong", tmp_path / "right"
+    export = ["export", recipe, "--staged", "--out"]
+    with monkeypatch.context() as patch:
+        wrong_tanh_gradient(patch)
+        assert main([*export, str(wrong)]) == 0
+    assert main([*export, str(right)]) == 0
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (wrong, right)]
+    manifests[1]["files"]["ascent.onnx"] = manifests[0]["files"]["ascent.onnx"]
+    (right / "manifest.json").write_text(json.dumps(manifests[1]))
+    (right / "ascent.onnx").write_bytes((wrong / "ascent.onnx").read_bytes())
+    argv = ["parity", recipe, "--artifact", str(wrong), "--artifact", str(right), "--steps", "2"]
+    assert main([*argv, "--locate", str(tmp_path / "found")]) == 1
+    text = capsys.readouterr().out
+    for row, verdict in (
+        ("wrong", "FAILED"),
+        ("wrong, in stages", "FAILED"),
+        ("right", "OK"),
+        ("right, in stages", "FAILED"),
+    ):
+        assert f"\n{row} (CPUExecutionProvider): {verdict}" in f"\n{text}"
+    assert text.count("the first that differs is tanh_backward") == 1
+    assert "right, in stages: not searched: the step as one graph is equal" in text
+    assert [each.name for each in (tmp_path / "found").iterdir()] == ["wrong"]
+
+
 def test_artifacts_that_share_a_name_are_located_in_folders_of_their_own(
     workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
