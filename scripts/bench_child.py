@@ -50,7 +50,7 @@ class Meter:
         if self.is_cuda and contestant.tensors:
             import torch
 
-            torch.cuda.set_device(torch.device(device))
+            torch.cuda.set_device(torch.device(device).index or 0)
             self._cuda = torch.cuda
 
     def begin(self) -> Any:

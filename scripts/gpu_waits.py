@@ -43,6 +43,7 @@ def waits(
         Name of the call to its number per step.
     """
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile, record_function
 
     activities = [ProfilerActivity.CPU]
@@ -56,7 +57,13 @@ def waits(
                 step(*batch)
     events = profiler.events()
     assert events is not None
-    found = [(event.name, event.time_range.start, event.time_range.end) for event in events]
+    # On CUDA a step has a second event, for the device's side, which ends when the device is done:
+    # the profiler's own wait for that would lie in it.
+    found = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == DeviceType.CPU
+    ]
     return counted(found, steps)
 
 
@@ -64,14 +71,13 @@ def counted(events: Iterable[tuple[str, float, float]], steps: int) -> dict[str,
     """Calls of `CALLS` that begin inside a step, per step.
 
     Args:
-        events: Name, start and end of every event, in one unit of time.
+        events: Name, start and end of every event on the host, in one unit of time.
         steps: How many steps there are among them.
 
     Raises:
         ValueError: The profiler has not recorded every step, so nothing can be said.
     """
     listed = list(events)
-    # A step has an event on the host and, on CUDA, a second one for the device's side.
     spans = [(start, end) for name, start, end in listed if name == STEP]
     if len(spans) < steps:
         raise ValueError(f"The profiler recorded {len(spans)} of {steps} steps.")

@@ -49,7 +49,14 @@ def load_package(path: Path, device: torch.device) -> Callable[[list[Tensor]], l
     """
     index = -1 if device.index is None else device.index
     loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)  # type: ignore[attr-defined]
-    run: Callable[[list[Tensor]], list[Tensor]] = loader.boxed_run
+    boxed_run: Callable[[list[Tensor]], list[Tensor]] = loader.boxed_run
+    if not device.index:
+        return boxed_run
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        with torch.cuda.device(device):  # it launches on the stream of the current device
+            return boxed_run(tensors)
+
     return run
 
 

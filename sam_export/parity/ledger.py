@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sam_export._compat.precision import float32_precision
 from sam_export.runtime.cuda_options import CudaOptions
 
 PACKAGES = (
@@ -163,9 +164,7 @@ def _cpu() -> tuple[str | None, frozenset[str]]:
 def _numerics() -> dict[str, Any]:
     cudnn = torch.backends.cudnn
     return {
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cuda_matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn_allow_tf32": cudnn.allow_tf32,
+        **{f"{name}_float32": rounds for name, rounds in float32_precision().items()},
         "cuda_matmul_allow_fp16_reduced_precision_reduction": (
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
         ),

@@ -81,10 +81,16 @@ def cuda_options(
         takes: Names of the fields that the target's engine can follow.
 
     Raises:
-        SessionError: Options for another device than CUDA, or one that the target cannot follow.
+        SessionError: No options, options for another device than CUDA, or one that the target
+            cannot follow.
     """
     if given is None:
         return CudaOptions()
+    if not isinstance(given, CudaOptions):
+        raise SessionError(
+            f"cuda={given!r}: expected sam_export.CudaOptions, as in "
+            "cuda=CudaOptions(cuda_graph=True)."
+        )
     if not device.startswith("cuda"):
         raise SessionError(
             f"{given} was given with device={device!r}; these options are for device='cuda'. Leave "

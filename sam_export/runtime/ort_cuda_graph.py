@@ -13,6 +13,7 @@ Recordings belong to the thread that made them.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class RecordedSteps:
         self._values = values
         self._bind_state = bind_state
         self._recordings: dict[Any, _Recording] = {}
+        self._numbers = itertools.count(1)  # one that has failed is not used again
         self._steps = 0
         self._thread = threading.get_ident()
 
@@ -107,11 +109,14 @@ class RecordedSteps:
         key = (side, tuple((name, array.shape) for name, array in arrays.items()))
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._recordings[key] = self._new(side, arrays, sizes)
+            recording = self._new(side, arrays, sizes)
             kept = [(value, np.array(value.numpy())) for value in overwritten]
-            self._replay(recording)
-            for value, before in kept:
-                value.update_inplace(before)
+            try:
+                self._replay(recording)
+            finally:
+                for value, before in kept:
+                    value.update_inplace(before)
+            self._recordings[key] = recording
         else:
             for name, array in arrays.items():
                 recording.inputs[name].update_inplace(array)
@@ -142,7 +147,7 @@ class RecordedSteps:
         results = self._call.bind_results(binding, self._values, sizes)
         options = self._ort.RunOptions()
         # 0 is the number of runs that give none, -1 forbids recording.
-        options.add_run_config_entry("gpu_graph_id", str(len(self._recordings) + 1))
+        options.add_run_config_entry("gpu_graph_id", str(next(self._numbers)))
         return _Recording(binding, inputs, results, options)
 
     def _replay(self, recording: _Recording) -> None:

@@ -7,13 +7,15 @@ recording's own, and results are copied out of them, so that they stay valid aft
 Recording computes nothing, but the runs that have to come before it do (they compile kernels, and
 let libraries take their memory): the state is put back after them.
 
-Each shape of a batch has a recording, and each recording memory of its own for what is in between.
+Each shape of a batch has a recording; what is in between lies in memory that all recordings of a
+program share, since no two replays overlap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,32 +39,49 @@ class _Recording:
     results: Sequence[Tensor]
 
 
-def record_cuda_graph(
-    run: Callable[[], Sequence[Tensor]], device: torch.device
-) -> tuple[Callable[[], None], Sequence[Tensor]]:
-    """Runs ``run`` a few times, then records it as a CUDA graph.
+class CudaGraphs:
+    """Records functions as CUDA graphs that take what is in between from one pool of memory."""
 
-    Args:
-        run: Launches the same kernels, on the same addresses, at every call.
-        device: Where.
+    def __init__(self) -> None:
+        self._pool: Any = None
 
-    Returns:
-        What replays it on the current stream, and the tensors that it fills then.
+    def __call__(
+        self, run: Callable[[], Sequence[Tensor]], device: torch.device
+    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """Runs ``run`` a few times, then records it.
 
-    Raises:
-        RuntimeError: torch's own: something in it waits for the device, or reads host memory.
-    """
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a recording cannot be made on the default stream
-            for _ in range(WARM_UP_RUNS):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = run()
-    return graph.replay, results
+        Args:
+            run: Launches the same kernels, on the same addresses, at every call.
+            device: Where.
+
+        Returns:
+            What replays it on the current stream, and the tensors that it fills then.
+
+        Raises:
+            RuntimeError: torch's own: something in it waits for the device, or reads host memory.
+        """
+        with torch.cuda.device(device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            current = torch.cuda.current_stream()
+            # A recording cannot be made on the default stream, and the one that `torch.cuda.graph`
+            # makes by itself is of the first device that it is used on.
+            side = torch.cuda.Stream()
+            side.wait_stream(current)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP_RUNS):
+                        run()
+                # Other threads (one that pins memory) may go on calling CUDA.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+                ):
+                    results = run()
+            finally:
+                torch.cuda.set_stream(current)  # which a recording that fails does not do
+                current.wait_stream(side)
+        return graph.replay, results
 
 
 class RecordedProgram:
@@ -71,7 +90,7 @@ class RecordedProgram:
     Args:
         program: Writes the state in place; draws nothing from torch's generators.
         prepare: Sees the tensors of a new recording's batch before they are used.
-        record: Records a function.
+        record: Records a function; None: `CudaGraphs`.
 
     Raises:
         RuntimeUnavailableError: The program cannot be recorded; the state is as it was.
@@ -81,11 +100,11 @@ class RecordedProgram:
         self,
         program: Program,
         prepare: Callable[[list[Tensor]], None],
-        record: Record = record_cuda_graph,
+        record: Record | None = None,
     ) -> None:
         self._program = program
         self._prepare = prepare
-        self._record = record
+        self._record = record or CudaGraphs()
         self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
 
     def __call__(

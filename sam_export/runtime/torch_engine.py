@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sam_export._compat.precision import float32_precision
 from sam_export.artifact.contract import HYPER, ProgramSpec
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import RuntimeUnavailableError
@@ -68,16 +69,13 @@ class TorchEngine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Hashes of the graphs, torch's thread count and, on CUDA, what may round to TF32."""
+        """Hashes of the graphs, torch's thread count and, on CUDA, what float32 may round to."""
         facts: dict[str, Any] = {
             "graphs": dict(self._artifact.digests),
             "threads": torch.get_num_threads(),
         }
         if self._device.type == "cuda":
-            facts["tf32"] = {
-                "matmul": torch.backends.cuda.matmul.allow_tf32,
-                "cudnn": torch.backends.cudnn.allow_tf32,
-            }
+            facts["float32"] = float32_precision()
             facts["cuda"] = self._cuda.to_dict()
         return facts
 

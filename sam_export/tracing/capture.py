@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_export._compat import origins
+from sam_export._compat.precision import older_settings_readable
 from sam_export.artifact import tree
 from sam_export.artifact.contract import (
     AVERAGE,
@@ -119,7 +120,12 @@ def capture(
     multiples = multiples_of(step, layout, values, dims)
     values = at_least_two(values, dims, multiples)
     step.check_master_weights()
-    with kernels(portable), frozen_draws_refused(), TraceableLosses():  # type: ignore[no-untyped-call]
+    with (
+        kernels(portable),
+        frozen_draws_refused(),
+        TraceableLosses(),  # type: ignore[no-untyped-call]
+        older_settings_readable(),
+    ):
         state = state_layout(step, layout, values)
         how = (multiples, return_outputs, portable, stages, hyper)
         return _Capture(step, layout, values, dims, state, *how).run(staged)

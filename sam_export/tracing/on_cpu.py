@@ -7,10 +7,9 @@ eager launches on a GPU (cuDNN's operators, fused ones) is nothing that every ta
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sam_export.errors import CaptureError, StepConfigError
@@ -71,13 +70,13 @@ def tensors_of(step: TrainStep) -> Iterator[Tensor]:
             yield from part.buffers(recurse=False)
             yield from _tensors(vars(part))
     yield from _tensors(step.averages)
-    for held in (*optimizer.state.values(), *optimizer.param_groups):
-        yield from _tensors(held)
-    for held in (*optimizer.memory.values(), optimizer._w, optimizer._g):
+    holders: list[Mapping[Any, Any]] = [*optimizer.state.values(), *optimizer.param_groups]
+    holders += [*optimizer.memory.values(), optimizer._w, optimizer._g]
+    for held in holders:
         yield from _tensors(held)
 
 
-def _tensors(held: dict[Any, Any]) -> Iterator[Tensor]:
+def _tensors(held: Mapping[Any, Any]) -> Iterator[Tensor]:
     return (value for value in held.values() if isinstance(value, Tensor))
 
 

@@ -61,6 +61,10 @@ def test_options_for_another_device_or_target() -> None:
         cuda_options(given, "cuda", "ort-artifacts", ("tf32", "allow_cpu_nodes"))
     with pytest.raises(sx.SessionError, match=r"takes none of these(?s:.*)allow_tf32"):
         cuda_options(CudaOptions(tf32=True), "cuda", "torchscript", ())
+    with pytest.raises(
+        sx.SessionError, match=r"cuda=\{'tf32': True\}: expected sam_export\.CudaOpt"
+    ):
+        cuda_options({"tf32": True}, "cuda", "onnx", ALL)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,7 @@ class Session:
     def __init__(self) -> None:
         self.recorded: dict[str, Binding] = {}
         self.runs = 0
+        self.fails = False
 
     def run_with_iobinding(self, binding: Binding, options: Options) -> None:
         number = options.entries["gpu_graph_id"]
@@ -75,6 +76,8 @@ class Session:
             self.recorded[number] = binding
             for _ in range(RUNS_TO_RECORD - 1):
                 self._step(binding)
+                if self.fails:
+                    raise RuntimeError("CUDA error")
         self._step(self.recorded[number])
 
     def _step(self, binding: Binding) -> None:
@@ -123,6 +126,20 @@ def test_each_call_is_one_step() -> None:
         assert float((setup.even, setup.odd)[setup.side].memory) == v
     assert len(setup.session.recorded) == 4
     assert setup.session.runs == 7 + 4 * RUNS_TO_RECORD
+
+
+def test_a_recording_that_fails_takes_no_step() -> None:
+    """Neither then, nor in the next step, which is recorded under another number."""
+    setup = Setup()
+    setup.session.fails = True
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        setup.step([2.0])
+    assert float(setup.w.memory) == 1.0
+    setup.session.fails = False
+    for expected in (3.0, 5.0):
+        setup.step([2.0])
+        assert float(setup.w.memory) == expected
+    assert list(setup.session.recorded) == ["1", "2", "3"]
 
 
 def test_a_result_is_read_before_the_next_step() -> None:

@@ -235,8 +235,9 @@ class Event:
         return end.time - self.time
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
 def test_on_cuda_time_is_by_events_and_memory_is_the_allocators(
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against stand-ins for `torch.cuda`; on a GPU it has not run."""
     calls: list[object] = []
@@ -246,14 +247,14 @@ def test_on_cuda_time_is_by_events_and_memory_is_the_allocators(
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    meter = Meter("cuda:1", CONTESTANTS["torch-compile"])
+    meter = Meter(device, CONTESTANTS["torch-compile"])
     batches = itertools.cycle([(1.0, 2.0)])
     timed = run_steps(lambda x, y: x + y, batches, 3, meter)
     assert timed["device_s"] == pytest.approx(0.04)
     assert timed["loss"] == 3.0
     meter.forget_peak()
     assert (meter.resident(), meter.peak()) == (5, 7)
-    assert calls == [torch.device("cuda:1"), "empty", "reset"]
+    assert calls == [index, "empty", "reset"]
 
 
 def test_without_torch_a_gpu_is_timed_by_the_wall_clock() -> None:

@@ -159,6 +159,21 @@ def test_capture_leaves_everything_as_it_was() -> None:
         assert torch.equal(value, before[name])
 
 
+def test_capture_under_the_newer_settings_of_precision() -> None:
+    """torch.export itself fails after them; capture leaves them as they were."""
+    step = make(WithStatistics(), "adamw")
+    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    rounds = rnn.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        with pytest.raises(RuntimeError, match="allow_tf32"):
+            _ = torch.backends.cudnn.allow_tf32
+        sx.capture(step, batches(1)[0])
+        assert (conv.fp32_precision, rnn.fp32_precision) == ("ieee", rounds)
+    finally:
+        torch.backends.cudnn.allow_tf32 = True  # both, and the older setting can be read again
+
+
 def test_capture_in_the_middle_of_a_run_goes_on_from_there() -> None:
     model = small_model(torch.float64)
     step = make(model, "adamw")
