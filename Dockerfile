@@ -8,6 +8,7 @@
 #
 #   docker run --rm -v "$PWD":/work sam-export:export export models/mlp.py:recipe --out build/mlp
 #   docker run --rm -v "$PWD":/work sam-export:train train build/mlp --data train.npz
+#   docker run --rm -v "$PWD/build/mlp":/artifact:ro -v "$PWD":/work sam-export:train train /artifact --data train.npz
 #   docker run --rm --gpus all -v "$PWD":/work sam-export:cuda13 train build/mlp --data train.npz --device cuda
 #
 # On Linux, add --user "$(id -u):$(id -g)" so that the files in /work become yours. The images for CUDA
@@ -26,8 +27,10 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
 
 # ---- What all but the tests have: a user, and the command ----------------------------------------
 FROM python:${PYTHON_VERSION}-slim-bookworm AS machine
-RUN useradd --create-home --uid 1000 sam
+RUN useradd --create-home --uid 1000 sam && install -d -o sam /work
 WORKDIR /work
+# A log is read while it is written.
+ENV PYTHONUNBUFFERED=1
 ENTRYPOINT ["sam-export"]
 CMD ["--help"]
 

@@ -170,7 +170,10 @@ class Running:
     def read_peak(self) -> None:
         """Asks for the peak memory of the rounds."""
         if self.record.error is None:
-            self.record.peak = self.child.ask("memory")["peak"]
+            try:
+                self.record.peak = self.child.ask("memory")["peak"]
+            except ChildFailed as error:
+                self.record.error = f"ChildFailed: {error}"
 
     def read_waits(self, steps: int) -> None:
         """Asks a contestant with torch for the calls in a step that wait for the device."""

@@ -187,6 +187,21 @@ def _session(case: Case, artifact: Path | None, threads: int, device: str) -> St
     return step
 
 
+def _recorded_session(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
+    del case
+    import sam_export as sx
+
+    if artifact is None:
+        raise ValueError("A session contestant needs the folder of its artifact.")
+    cuda = sx.CudaOptions(cuda_graph=True)
+    session = sx.load(artifact, device=device, threads=threads, cuda=cuda)
+
+    def step(x: Any, y: Any) -> Any:
+        return session.step(x, y).loss
+
+    return step
+
+
 def _staged_session(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
     del case
     import sam_export as sx
@@ -307,9 +322,20 @@ STAGED = {
 }
 """Sessions that run the three stages, with nothing in between."""
 
-CONTESTANTS |= PERIODIC | STAGED
+RECORDED = {
+    f"{target}-graph": replace(
+        CONTESTANTS[target],
+        name=f"{target}-graph",
+        description="the same, its step recorded as a CUDA graph",
+        build=_recorded_session,
+    )
+    for target in ("torch-compile", "onnx", "onnx-training")
+}
+"""Sessions with CudaOptions(cuda_graph=True), on CUDA only."""
+
+CONTESTANTS |= PERIODIC | STAGED | RECORDED
 
 DEFAULT_CONTESTANTS = tuple(
-    name for name in CONTESTANTS if name not in {"compiled-base", *PERIODIC, *STAGED}
+    name for name in CONTESTANTS if name not in {"compiled-base", *PERIODIC, *STAGED, *RECORDED}
 )
-"""Those of `scripts/bench` where none are named; `scripts/gpu_check` wants compiled-base too."""
+"""Those of `scripts/bench` where none are named; `scripts/gpu_check` wants others, too."""

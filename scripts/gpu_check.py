@@ -7,6 +7,7 @@ On a machine without a GPU it ends after the report on the libraries, with exit 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -17,12 +18,13 @@ from sam_export.runtime.cuda_libraries import nvidia_gpus
 from sam_export.runtime.detect import TARGETS, machine_status, require_provider, target_status
 from scripts.bench import check_same_work, run_case
 from scripts.bench_cases import CASES, Case
-from scripts.bench_contestants import CONTESTANTS
+from scripts.bench_contestants import CONTESTANTS, RECORDED
 from scripts.gpu_record import Section, library_report, page
 from scripts.gpu_verdicts import (
     LARGE,
     LAUNCH_BOUND,
     Parity,
+    Verdict,
     parity_verdicts,
     same_work,
     speed_verdicts,
@@ -31,9 +33,6 @@ from scripts.gpu_verdicts import (
 ROOT = Path(__file__).resolve().parents[1]
 PARITY_CASES = (*LAUNCH_BOUND, "wide_resnet", "gpt")
 BENCH_CASES = (*LAUNCH_BOUND, LARGE)
-RECORDED = ("torch-compile", "onnx", "onnx-training")
-"""Targets whose step can be recorded as a CUDA graph; those are compared once more."""
-
 EAGER = ("eager-sam", "eager-base", "compiled-base", "compiled-model")
 PROFILED_STEPS = 5
 
@@ -66,17 +65,17 @@ def check_case(
         device: Where.
         recorded: Whether steps are recorded as CUDA graphs; their rows say so.
     """
-    from sam_export import CudaOptions, SamExportError, check_parity
+    from sam_export import CudaOptions, check_parity
 
-    step, batches = case.recipe()
-    step.model.to(device)
     added = ", CUDA graph" if recorded else ""
     cuda = CudaOptions(cuda_graph=True) if recorded else None
     try:
+        step, batches = case.recipe()
+        step.model.to(device)
         report = check_parity(
             step, batches, targets=targets, num_steps=steps, device=device, cuda=cuda
         )
-    except SamExportError as error:
+    except Exception as error:  # also CUDA's own, as of memory: a row of the record, not its end
         detail = f"the check itself failed: {type(error).__name__}: {error}"
         return [Parity(case.name, target + added, False, detail) for target in targets]
     results = []
@@ -132,37 +131,54 @@ def main(argv: list[str] | None = None) -> int:
         print(f"not run, {target}: {reason}", flush=True)
     present = [target for target in options.targets if target not in absent]
 
+    graphs = [target for target in present if f"{target}-graph" in RECORDED and device != "cpu"]
+
+    out: Path = options.out or unused_record(device)
+    out.parent.mkdir(parents=True, exist_ok=True)
     parity: list[Parity] = []
+    sections: list[Section] = []
+    alike: list[Verdict] = []
+    verdicts: list[Verdict] = []
+
+    def write() -> None:
+        """The record of what is known so far: a machine may be gone before all of it is."""
+        verdicts[:] = parity_verdicts(parity) + alike
+        verdicts.extend(speed_verdicts({item.name: item.records for item in sections}, device))
+        out.write_text(
+            page(
+                device, libraries, parity, options.steps, sections, options.rounds, verdicts, absent
+            )
+        )
+
     for name in options.parity_models:
         print(f"parity of {name}", file=sys.stderr, flush=True)
         parity += check_case(CASES[name], present, options.steps, device) if present else []
         parity += [Parity(name, target, None, absent[target]) for target in absent]
-        recorded = [target for target in present if target in RECORDED]
-        if recorded and device != "cpu":
-            parity += check_case(CASES[name], recorded, options.steps, device, recorded=True)
-    sections, alike = [], []
-    contestants = [CONTESTANTS[name] for name in (*EAGER, *present)]
+        if graphs:
+            parity += check_case(CASES[name], graphs, options.steps, device, recorded=True)
+        write()
+    names = (*EAGER, *present, *(f"{target}-graph" for target in graphs))
+    contestants = [CONTESTANTS[name] for name in names]
     for name in options.bench_models:
         records = run_case(
             CASES[name], contestants, options.rounds, options.threads, device, PROFILED_STEPS
         )
         sections.append(Section(name, CASES[name].description, records))
         alike.append(same_work(name, check_same_work(records)))
-    verdicts = parity_verdicts(parity) + alike
-    verdicts += speed_verdicts({section.name: section.records for section in sections}, device)
-
-    kind = device.partition(":")[0]
-    default = ROOT / "docs" / "benchmarks" / f"{date.today().isoformat()}-gpu-check-{kind}.md"
-    out: Path = options.out or default
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = page(
-        device, libraries, parity, options.steps, sections, options.rounds, verdicts, absent
-    )
-    out.write_text(text)
+        write()
+    write()
     for verdict in verdicts:
         print(f"{verdict.word}: {verdict.what}: {verdict.found}; wanted: {verdict.wanted}")
     print(f"Written to {out}")
     return 1 if any(verdict.word == "NO" for verdict in verdicts) else 0
+
+
+def unused_record(device: str) -> Path:
+    """A dated file for a record that is not there yet: each environment of a day has its own."""
+    name = f"{date.today().isoformat()}-gpu-check-{device.partition(':')[0]}"
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (ROOT / "docs" / "benchmarks" / f"{name}{end}.md" for end in ends)
+    return next(path for path in paths if not path.exists())
 
 
 def gpu_problem() -> str | None:

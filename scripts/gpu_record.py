@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from sam_export.runtime.cuda_libraries import nvidia_gpus, package_of
-from sam_export.runtime.detect import MachineStatus
+from sam_export.runtime.detect import MachineStatus, onnxruntime_distributions
 from scripts.bench_contestants import CONTESTANTS, REFERENCE
 from scripts.bench_records import Record
 from scripts.bench_table import cpu_model, markdown_table, versions
@@ -48,14 +48,19 @@ def library_report(status: MachineStatus) -> list[str]:
         for label, text in (("", runtime.problem), ("CUDA: ", runtime.cuda_problem)):
             words += f"; {label}{text}" if text else ""
         lines.append(words)
+    # Two of them overwrite each other.
+    present = " ".join(onnxruntime_distributions())
+    first = f"pip uninstall -y {present} && " if present else ""
     lines.append(
-        "for onnx on CUDA 13 and cuDNN 9: pip install onnxruntime-gpu "
+        f"for onnx on CUDA 13 and cuDNN 9: {first}pip install onnxruntime-gpu "
         + _quoted(CUDA_13, 13)
         + " (Python 3.11 to 3.14)"
     )
     lines.append(
         "for onnx-training and ort-artifacts on CUDA 11.8 and cuDNN 8: "
-        "pip install onnxruntime-training==1.19.2 " + _quoted(CUDA_11, 11) + " (Python 3.11)"
+        f"{first}pip install onnxruntime-training==1.19.2 "
+        + _quoted(CUDA_11, 11)
+        + " (Python 3.11)"
     )
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import tomllib
 from pathlib import Path
@@ -89,3 +90,17 @@ def test_images() -> None:
     copied = re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE)
     for file in " ".join(copied).split():
         assert any(line in (f"!{file}", "!constraints*.txt") for line in ignored), file
+
+
+def test_the_image_of_the_tests_holds_what_they_read() -> None:
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    named = re.compile(r"""(?:ROOT|parents\[\d\])\s*/\s*["']([\w.-]+)["']""")
+    found = {
+        name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in named.findall(path.read_text())
+        if (ROOT / name).exists()
+    }
+    assert {"examples", "models", "docs"} <= found
+    for name in sorted(found):
+        assert any(fnmatch.fnmatch(f"!{name}", line) for line in kept), name
