@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,10 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.html, args.markdown)):
         if not Path(path).absolute().parent.is_dir():
             raise CommandError(f"{path} cannot be written: its folder does not exist. Make it.")
+    if args.device.startswith("cuda") and not args.tf32:
+        # cuDNN rounds convolutions to TF32 by default, which eager on the CPU does not. NVIDIA's
+        # libraries read this when they start, in the processes of `isolate`, too.
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     import sam_export
     from sam_export.parity.subjects import with_unseen_size
 

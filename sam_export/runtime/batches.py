@@ -1,6 +1,7 @@
 """What a session is fed, checked against the contract before an engine sees it.
 
-The checks copy no data, and torch is not imported: a tensor is known by what it offers.
+The checks copy no data, and neither torch nor ONNX Runtime is imported: a tensor or an ``OrtValue``
+is known by what it offers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ _NOT_NEGATIVE = ("lr", "rho")
 _STRIDED = "torch.strided"
 _OF_BATCH = "Batch tensor"
 
+_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
+"""ONNX Runtime's names of element types where they are not NumPy's in ``tensor(...)``."""
+
 
 def checked_batch(given: Sequence[Any], contract: StepContract, program: ProgramSpec) -> list[Any]:
     """The tensors that a program reads, in its order, after checking every one.
@@ -33,7 +37,7 @@ def checked_batch(given: Sequence[Any], contract: StepContract, program: Program
         program: The program to feed.
 
     Returns:
-        The very objects that were given: NumPy arrays or torch tensors.
+        The very objects that were given: NumPy arrays, torch tensors or ``OrtValue``s.
 
     Raises:
         SessionError: Another kind or number of entries, another name, dtype, rank or size, sizes
@@ -78,8 +82,16 @@ def contiguous(value: Any) -> NDArray[Any]:
     """A contiguous NumPy array of a batch entry, without a copy where that can be."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+    elif _is_ort_value(value):
+        value = value.numpy()
     array = np.asarray(value)
     return array if array.flags.c_contiguous else np.array(array, order="C")
+
+
+def shape_of(value: Any) -> Sequence[int]:
+    """The shape of a batch entry; that of an ``OrtValue`` is a method."""
+    shape = value.shape
+    return shape() if callable(shape) else shape  # type: ignore[no-any-return]
 
 
 def merged_hyper(
@@ -148,10 +160,11 @@ def _by_name(
 
 def _check_tensor(spec: TensorSpec, tensor: Any, what: str = _OF_BATCH) -> None:
     is_torch = all(hasattr(tensor, name) for name in ("shape", "dtype", "detach", "layout"))
-    if not is_torch and not isinstance(tensor, np.ndarray):
+    is_ort = not is_torch and _is_ort_value(tensor)
+    if not is_torch and not is_ort and not isinstance(tensor, np.ndarray):
         raise SessionError(
-            f"{what} {spec.name!r} is a {type(tensor).__name__}; expected a NumPy array or a "
-            f"torch tensor, {spec.description}. Convert it: numpy.asarray(value, "
+            f"{what} {spec.name!r} is a {type(tensor).__name__}; expected a NumPy array, a torch "
+            f"tensor or an OrtValue, {spec.description}. Convert it: numpy.asarray(value, "
             f"dtype={spec.dtype!r})."
         )
     if isinstance(tensor, np.ma.MaskedArray) or (is_torch and str(tensor.layout) != _STRIDED):
@@ -159,29 +172,32 @@ def _check_tensor(spec: TensorSpec, tensor: Any, what: str = _OF_BATCH) -> None:
             f"{what} {spec.name!r} is masked or sparse; expected a dense one, "
             f"{spec.description}. Fill it, or call to_dense()."
         )
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = _ort_dtype(tensor) if is_ort else str(tensor.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
         cast = f".to(torch.{spec.dtype})" if is_torch else f".astype({spec.dtype!r})"
+        cast = ".numpy()" * is_ort + cast
         raise SessionError(
             f"{what} {spec.name!r} has dtype {dtype}; expected {spec.dtype}. Cast it: "
             f"{spec.name}{cast}."
         )
-    if len(tensor.shape) != len(spec.shape):
+    shape = shape_of(tensor)
+    if len(shape) != len(spec.shape):
         raise SessionError(
-            f"{what} {spec.name!r} has shape {list(tensor.shape)}, {len(tensor.shape)} "
-            f"dimensions; expected {len(spec.shape)}: {spec.description}."
+            f"{what} {spec.name!r} has shape {list(shape)}, {len(shape)} dimensions; expected "
+            f"{len(spec.shape)}: {spec.description}."
         )
 
 
 def _collect_sizes(
     spec: TensorSpec, tensor: Any, sizes: dict[str, tuple[int, str]], what: str = _OF_BATCH
 ) -> None:
-    for dimension, (size, wanted) in enumerate(zip(tensor.shape, spec.shape, strict=True)):
+    shape = shape_of(tensor)
+    for dimension, (size, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
         where = f"dimension {dimension} of {spec.name!r}"
         if isinstance(wanted, int):
             if size != wanted:
                 raise SessionError(
-                    f"{what} {spec.name!r} has shape {list(tensor.shape)}; expected "
+                    f"{what} {spec.name!r} has shape {list(shape)}; expected "
                     f"{spec.description}: dimension {dimension} is {size} and must be {wanted}."
                 )
             continue
@@ -264,6 +280,15 @@ def _nearest(name: Any, known: Sequence[str]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_ort_value(value: Any) -> bool:
+    return hasattr(value, "data_type") and hasattr(value, "device_name")
+
+
+def _ort_dtype(value: Any) -> str:
+    name = str(value.data_type())
+    return _DTYPES.get(name, name.removeprefix("tensor(").removesuffix(")"))
 
 
 def _holds_arrays(values: Sequence[Any]) -> bool:

@@ -239,6 +239,8 @@ class OrtArtifactsEngine:
         return self._kind if self._kind == "cpu" else f"{self._kind}:{self._index}"
 
     def _on_device(self, value: Any) -> Any:
+        if isinstance(value, self._ort.OrtValue):
+            return value
         return self._ort.OrtValue.ortvalue_from_numpy(contiguous(value), self._kind, self._index)
 
     def _check(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sam_export.artifact.contract import ProgramSpec, TensorSpec
+from sam_export.runtime.batches import shape_of
 from sam_export.runtime.ort_values import OrtValues
 
 
@@ -34,7 +35,7 @@ class OrtCall:
 
     def sizes(self, given: Sequence[Any]) -> dict[str, int]:
         """Symbolic size to its value in this call."""
-        return {size: int(given[index].shape[dim]) for size, index, dim in self._places}
+        return {size: int(shape_of(given[index])[dim]) for size, index, dim in self._places}
 
     def bind_results(
         self, binding: Any, values: OrtValues, sizes: Mapping[str, int]

@@ -16,6 +16,7 @@ from sam_export._compat.precision import float32_precision
 from sam_export.artifact.contract import HYPER, ProgramSpec
 from sam_export.artifact.folder import Artifact
 from sam_export.errors import RuntimeUnavailableError
+from sam_export.runtime.batches import contiguous
 from sam_export.runtime.cuda_options import CudaOptions, cuda_options
 from sam_export.runtime.detect import parse_device
 from sam_export.runtime.engine import LARGE_BLOCK
@@ -88,7 +89,7 @@ class TorchEngine:
             # An object of its own: Dynamo takes one that is given twice for one input for ever, and
             # marks what it compiles for.
             return value.detach().to(self._device).contiguous()
-        array = np.ascontiguousarray(value).reshape(np.shape(value))
+        array = contiguous(value)
         # torch shares the array's memory and wants to be allowed to write to it; it never does.
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -211,13 +212,17 @@ def test_options_for_cuda_reach_the_check(
         raise Stopped
 
     monkeypatch.setattr(sam_export, "check_parity", check_parity, raising=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")  # which puts back what was there
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
     flags = ["--device", "cuda:1", "--tf32", "--cuda-graph", "--allow-cpu-nodes"]
     argv = ["parity", f"{workplace.recipe}:recipe", "--targets", "onnx", *flags]
     assert main([*argv, "--memory-limit", "1G"]) == 2
     assert asked["device"] == "cuda:1"
     assert asked["cuda"] == sam_export.CudaOptions(1 << 30, True, True, True)
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
     assert main([*argv[:-4], "cuda"]) == 2
     assert asked["cuda"] is None
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     capsys.readouterr()
     assert main(["parity", "--self-test", "--targets", "onnx", *flags]) == 2
     assert "not --tf32 --cuda-graph --allow-cpu-nodes" in capsys.readouterr().err

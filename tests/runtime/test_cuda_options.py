@@ -12,7 +12,7 @@ import torch
 
 import sam_export as sx
 from sam_export.runtime.cuda_options import CudaOptions, cuda_options
-from sam_export.runtime.detect import require_onnxruntime
+from sam_export.runtime.detect import require_onnxruntime, require_provider
 from sam_export.runtime.ort_values import OrtValues
 from sam_export.runtime.torch_engine import Changes
 from tests.runtime.target_cases import images, make
@@ -153,8 +153,10 @@ def test_hyper_parameters_reach_values_that_share_no_memory(
 
 def test_on_cuda(for_cuda: Path) -> None:
     """The step stays on the device, and is the one that the CPU takes."""
-    if "CUDAExecutionProvider" not in require_onnxruntime().get_available_providers():
-        pytest.skip("this ONNX Runtime has no CUDA provider")
+    try:
+        require_provider("cuda")
+    except sx.RuntimeUnavailableError as error:
+        pytest.skip(str(error))
     batch = images(8, torch.float32)
     expected = sx.load(for_cuda)
     for options in (CudaOptions(), CudaOptions(cuda_graph=True, memory_limit=1 << 30)):

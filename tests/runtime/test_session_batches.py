@@ -86,8 +86,9 @@ BAD = {
     "too many in a tuple": (((X, Y, Y),), "it was given 3 tensors."),
     "a dict": (({"x": X, "target": Y},), "step was given a dict; this step was captured with "
                                          "batches that are tuples."),
-    "a list of numbers": ((X.tolist(), Y), "Batch tensor 'x' is a list; expected a NumPy array or "
-                                           "a torch tensor, float32[batch, 3]. Convert it: "
+    "a list of numbers": ((X.tolist(), Y), "Batch tensor 'x' is a list; expected a NumPy array, a "
+                                           "torch tensor or an OrtValue, float32[batch, 3]. "
+                                           "Convert it: "
                                            "numpy.asarray(value, dtype='float32')."),
     "None": ((X, None), "Batch tensor 'target' is a NoneType"),
     "a number": ((X, 3.0), "Batch tensor 'target' is a float"),

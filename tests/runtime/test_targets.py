@@ -66,6 +66,26 @@ def test_a_checkpoint_of_every_target_restores_into_every_other(
         assert (restored.step_count, restored.hyper["lr"]) == (1, (0.02,))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_batch_may_be_values_of_onnx_runtime(target: str, exported: Path) -> None:
+    """Which a machine without torch keeps on the device, from step to step."""
+    made = require_onnxruntime().OrtValue.ortvalue_from_numpy
+    plain, other = sx.load(exported / target, threads=1), sx.load(exported / target, threads=1)
+    for count in (6, 4):
+        arrays = [tensor.numpy() for tensor in images(count, torch.float32)]
+        values = [made(array) for array in arrays]
+        assert float(plain.step(*arrays).loss) == float(other.step(*values).loss)
+        np.testing.assert_array_equal(plain.evaluate(arrays[0]), other.evaluate(values[0]))
+    for name, value in plain.state.items():
+        np.testing.assert_array_equal(other.state[name], value, err_msg=name)
+    x, y = arrays
+    wrong = r"'x' has dtype float64; expected float32\. Cast it: x\.numpy\(\)\.astype\('float32'\)"
+    with pytest.raises(sx.SessionError, match=wrong):
+        other.step(made(x.astype(np.float64)), y)
+    with pytest.raises(sx.SessionError, match=r"'x' has shape \[4, 16\], 2 dimensions; expected 4"):
+        other.step(made(x.reshape(4, 16)), y)
+
+
 @pytest.mark.parametrize("target", ["torch-compile", "torchscript", "aot-inductor"])
 def test_tensors_of_any_layout_give_the_same_step(target: str, exported: Path) -> None:
     """A batch that is a view, and one that asks for a gradient."""
