@@ -39,8 +39,8 @@ class Engine(Protocol):
             program: ``step`` replaces the current state by the new one (unless the semantics say
                 that a step that is not finite changes nothing, and it is not); the others leave it.
             batch: NumPy arrays, torch tensors or ``OrtValue``s, in the order of the program's batch
-                inputs; then, for a stage, what else it is given (`StepContract.fed`), which may also be what
-                `run` or `current` of this engine returned.
+                inputs; then, for a stage, what else it is given (`StepContract.fed`), which may
+                also be what `run` or `current` of this engine returned.
             hyper: Keyword of the hyper-parameter (``lr``) to its float64[groups] array.
 
         Returns:
