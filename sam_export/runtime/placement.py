@@ -142,13 +142,17 @@ def _findings(graph: PlacedGraph, results_on_device: bool) -> Iterator[Finding]:
 
 
 def summary(graph: PlacedGraph, results_on_device: bool = True) -> dict[str, Any]:
-    """How many nodes run on each provider, how many copy, and the `findings`; JSON values."""
+    """How many nodes run on each provider, which on the CPU, how many copy, and the `findings`.
+
+    JSON values.
+    """
     copies = sum(node.op in (_TO_HOST, _FROM_HOST) for node in graph.nodes)
     providers = Counter(
         node.provider for node in graph.nodes if node.op not in (_TO_HOST, _FROM_HOST)
     )
     return {
         "nodes": dict(sorted(providers.items())),
+        "cpu_nodes": [f"{node.name} ({node.op})" for node in graph.nodes if node.provider == CPU],
         "copies": copies,
         "findings": [str(finding) for finding in findings(graph, results_on_device)],
     }

@@ -54,6 +54,9 @@ def test_record_of_a_cuda_session(path: Path) -> None:
     assert kept == {name for name, _ in found} - {"size_as_output"}
     assert summary(graph)["nodes"] == {CPU: 8, CUDA: 9}
     assert summary(graph)["copies"] == 5
+    listed = summary(graph)["cpu_nodes"]
+    assert len(listed) == 8
+    assert {"input_on_cpu", "no_kernel"} <= {line.partition(" ")[0] for line in listed}
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
