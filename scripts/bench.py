@@ -21,7 +21,13 @@ from typing import Any, Self
 import numpy as np
 
 from scripts.bench_cases import CASES, DEFAULT_CASES, Case
-from scripts.bench_contestants import CONTESTANTS, DEFAULT_CONTESTANTS, REFERENCE, Contestant
+from scripts.bench_contestants import (
+    CONTESTANTS,
+    DEFAULT_CONTESTANTS,
+    RECORDED,
+    REFERENCE,
+    Contestant,
+)
 from scripts.bench_records import Record, Round, loss_disagreements, steps_per_round, wants_more
 from scripts.bench_table import markdown_page, markdown_table
 
@@ -278,14 +284,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of each contestant")
     parser.add_argument("--rounds", type=int, default=15, help="rounds that are to count")
+    here = [name for name in CONTESTANTS if name not in RECORDED]  # which are for CUDA
     comparable = [name for name, case in CASES.items() if not case.draws]
     parser.add_argument(
         "--models", nargs="+", choices=comparable, default=list(DEFAULT_CASES), metavar="MODEL",
         help=f"of {', '.join(comparable)} (default: {', '.join(DEFAULT_CASES)})",
     )  # fmt: skip
     parser.add_argument(
-        "--contestants", nargs="+", choices=list(CONTESTANTS), default=list(DEFAULT_CONTESTANTS),
-        metavar="NAME", help=f"of {', '.join(CONTESTANTS)} (default: all but compiled-base)",
+        "--contestants", nargs="+", choices=here, default=list(DEFAULT_CONTESTANTS), metavar="NAME",
+        help=f"of {', '.join(here)} (default: {', '.join(DEFAULT_CONTESTANTS)})",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="Markdown file to write (docs/benchmarks/...)")
     options = parser.parse_args(argv)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,27 +174,15 @@ def _compiled_model(case: Case, artifact: Path | None, threads: int, device: str
     return sam_loop(model, torch.compile(model), optimizer, RHO, case.loss())
 
 
-def _session(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
+def _session(
+    case: Case, artifact: Path | None, threads: int, device: str, recorded: bool = False
+) -> StepFunction:
     del case
     import sam_export as sx
 
     if artifact is None:
         raise ValueError("A session contestant needs the folder of its artifact.")
-    session = sx.load(artifact, device=device, threads=threads)
-
-    def step(x: Any, y: Any) -> Any:
-        return session.step(x, y).loss
-
-    return step
-
-
-def _recorded_session(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
-    del case
-    import sam_export as sx
-
-    if artifact is None:
-        raise ValueError("A session contestant needs the folder of its artifact.")
-    cuda = sx.CudaOptions(cuda_graph=True)
+    cuda = sx.CudaOptions(cuda_graph=True) if recorded else None
     session = sx.load(artifact, device=device, threads=threads, cuda=cuda)
 
     def step(x: Any, y: Any) -> Any:
@@ -327,7 +316,7 @@ RECORDED = {
         CONTESTANTS[target],
         name=f"{target}-graph",
         description="the same, its step recorded as a CUDA graph",
-        build=_recorded_session,
+        build=partial(_session, recorded=True),
     )
     for target in ("torch-compile", "onnx", "onnx-training")
 }

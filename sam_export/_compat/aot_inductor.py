@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_export._compat.inductor import EAGER_NUMERICS
+from sam_export._compat.precision import older_settings_readable
 
 
 def package_bytes(program: torch.export.ExportedProgram, eager_random: bool) -> bytes:
@@ -22,7 +23,11 @@ def package_bytes(program: torch.export.ExportedProgram, eager_random: bool) -> 
         program: What to compile.
         eager_random: Draw random numbers as eager does.
     """
-    with tempfile.TemporaryDirectory(prefix="sam_export_") as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix="sam_export_") as folder,
+        warnings.catch_warnings(),
+        older_settings_readable(),
+    ):
         warnings.simplefilter("ignore")  # pytree's and torch.jit's, about themselves
         path = Path(folder) / "program.pt2"
         torch._inductor.aoti_compile_and_package(
@@ -50,7 +55,7 @@ def load_package(path: Path, device: torch.device) -> Callable[[list[Tensor]], l
     index = -1 if device.index is None else device.index
     loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)  # type: ignore[attr-defined]
     boxed_run: Callable[[list[Tensor]], list[Tensor]] = loader.boxed_run
-    if not device.index:
+    if device.type != "cuda":
         return boxed_run
 
     def run(tensors: list[Tensor]) -> list[Tensor]:

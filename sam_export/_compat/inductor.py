@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_export._compat.precision import older_settings_readable
+
 EAGER_NUMERICS = {"emulate_precision_casts": True}
 """Inductor's options with which it rounds where eager does.
 
@@ -76,7 +78,7 @@ def exported(
     module: torch.nn.Module, arguments: tuple[Tensor, ...], shapes: Sequence[dict[int, Any]]
 ) -> torch.export.ExportedProgram:
     """``module``, which takes its tensors as ``*arguments``, as a program that may mutate them."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), older_settings_readable():
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
         return torch.export.export(module, arguments, dynamic_shapes=(tuple(shapes),), strict=False)
 
@@ -103,7 +105,7 @@ def exported_model(
         parameters=[inspect.Parameter("self", kind), *signature.parameters.values()]
     )
     arguments: tuple[Any, ...] = () if by_name else tuple(examples.values())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), older_settings_readable():
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
         return torch.export.export(
             model,

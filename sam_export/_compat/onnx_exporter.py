@@ -25,6 +25,7 @@ from torch.onnx._internal.exporter import (
     _registration,
 )
 
+from sam_export._compat.precision import older_settings_readable
 from sam_export._compat.tracing import TORCH, forget_history
 
 Forms = Mapping[Any, Callable[..., Any]]
@@ -90,6 +91,7 @@ def decomposed(
     with (
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         warnings.catch_warnings(),
+        older_settings_readable(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
         forget_history(program.graph_module)

@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 
+from sam_export._compat.precision import older_settings_readable
+
 TORCH = os.path.dirname(torch.__file__) + os.sep
 _NN = os.path.join(TORCH, "nn") + os.sep
 
@@ -126,6 +128,29 @@ def trace(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]
     return traced
 
 
+def bring_constants_to_cpu(graph_module: fx.GraphModule) -> None:
+    """Puts the tensors that a graph holds on the CPU, where its arguments are."""
+    for module in graph_module.modules():
+        for name, value in {**vars(module), **module._buffers, **module._parameters}.items():
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                setattr(module, name, value.detach().cpu())
+
+
+def functional(graph_module: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """A graph that `trace` made, with a new tensor in place of every write into one.
+
+    Args:
+        graph_module: The graph.
+        arguments: The fake arguments that it was traced with.
+    """
+    forget_history(graph_module)
+    run = torch.func.functionalize(Interpreted(graph_module), remove="mutations")
+    made: fx.GraphModule = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        *arguments
+    )
+    return made
+
+
 class Interpreted(torch.nn.Module):
     """A graph as a module whose re-tracing keeps each node's metadata."""
 
@@ -157,7 +182,7 @@ def decomposed_by(
     program: torch.export.ExportedProgram, table: dict[Any, Callable[..., Any]]
 ) -> torch.export.ExportedProgram:
     """``program`` with the decompositions of ``table`` applied."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), older_settings_readable():
         warnings.simplefilter("ignore", FutureWarning)  # pytree's, about its own LeafSpec
         forget_history(program.graph_module)
         result: torch.export.ExportedProgram = program.run_decompositions(table)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sam_export.cli.parity_subjects import (
     subjects,
 )
 from sam_export.cli.recipe import add_recipe, first_batches, load_recipe
+from sam_export.runtime.cuda_options import CudaOptions
 
 _EPILOG = """\
 examples:
@@ -111,10 +114,27 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.html, args.markdown)):
         if not Path(path).absolute().parent.is_dir():
             raise CommandError(f"{path} cannot be written: its folder does not exist. Make it.")
-    if args.device.startswith("cuda") and not args.tf32:
-        # cuDNN rounds convolutions to TF32 by default, which eager on the CPU does not. NVIDIA's
-        # libraries read this when they start, in the processes of `isolate`, too.
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    with _without_tf32() if args.device.startswith("cuda") and not args.tf32 else nullcontext():
+        return _compared(args, dynamic, cuda)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """cuDNN rounds convolutions to TF32 by default, which eager on the CPU does not.
+
+    NVIDIA's libraries read this variable when they start, in the processes of ``isolate``, too.
+    """
+    if "NVIDIA_TF32_OVERRIDE" in os.environ:
+        yield
+        return
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["NVIDIA_TF32_OVERRIDE"]
+
+
+def _compared(args: argparse.Namespace, dynamic: Any, cuda: CudaOptions | None) -> int:
     import sam_export
     from sam_export.parity.subjects import with_unseen_size
 

@@ -78,6 +78,7 @@ def failed_steps(report: ParityReport, artifacts: Mapping[str, Path]) -> dict[st
     from sam_export.parity.check import IN_STAGES
 
     found: dict[str, Failed] = {}
+    ok = {row.name: row.ok for row in report.targets}
     for row in report.targets:
         steps = [each.step for each in row.failed if each.mode == "lock-step"]
         if not row.failed:
@@ -85,10 +86,10 @@ def failed_steps(report: ParityReport, artifacts: Mapping[str, Path]) -> dict[st
         number = max(1, min(steps, default=1))
         whole = row.name.removesuffix(IN_STAGES)
         if whole in artifacts:
-            if whole not in found:  # the row in stages comes after that of the whole
+            in_stages = row.name != whole
+            if not in_stages or ok[whole]:
                 path = artifacts[whole]
-                target = open_artifact(path).target
-                found[row.name] = Failed(target, number, path, in_stages=row.name != whole)
+                found[row.name] = Failed(open_artifact(path).target, number, path, in_stages)
         else:
             target = row.name.removesuffix(", stages")
             found.setdefault(target, Failed(target, number))
@@ -118,16 +119,19 @@ def run_locate(
     from sam_export.parity.interpret import StepGraph
     from sam_export.parity.locate import captured_of, locate
 
+    for name in [name for name, start in failed.items() if start.in_stages]:
+        print(
+            f"{name}: not searched: the step as one graph is equal, and only that can be. A loss "
+            "that differs is of ascent; a gradient's norm of what ascent gives; the perturbed loss "
+            "or the perturbation's norm of descent; new weights after right losses and norms are "
+            "of what descent gives, or of update."
+        )
+    searched = {name: start for name, start in failed.items() if not start.in_stages}
+    if not searched:
+        return []
     captured = captured_of(step, batches[0], dynamic)
     locations = []
-    for name, start in failed.items():
-        if start.in_stages:
-            print(
-                f"{name}: not searched: the step as one graph is equal, and only that can be. "
-                "'loss' and the gradient's norm are of ascent, the perturbed loss and the "
-                "perturbation of descent, and new weights after right losses and norms of update."
-            )
-            continue
+    for name, start in searched.items():
         state = captured.state
         try:
             for index in range(start.step - 1):

@@ -92,7 +92,7 @@ class RecordedSteps:
 
         Args:
             side: Which of the state's buffers it reads.
-            inputs: Batch and random numbers by name, as arrays or torch tensors.
+            inputs: Batch and random numbers by name, as a session takes them.
             sizes: Symbolic size to its value in this batch.
             overwritten: The ``OrtValue``s of the state that the step writes over itself.
 

@@ -136,8 +136,8 @@ class Session(StagedCalls):
         the others are steps of the base optimizer.
 
         Args:
-            *batch: NumPy arrays, torch tensors or ``OrtValue``s (on the device they are read where
-                they are, by the ONNX targets), inputs then targets; or one dict of them where
+            *batch: NumPy arrays, torch tensors or ``OrtValue``s, inputs then targets (the ONNX
+                targets read what is on their device where it is); or one dict of them where
                 the step was captured with dicts.
             **hyper: ``lr=0.05`` for all parameter groups, ``rho=[0.05, 0.1]`` for each. Those
                 omitted keep their last value.

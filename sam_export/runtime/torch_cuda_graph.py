@@ -44,6 +44,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None  # a pool's free blocks are those of the stream that freed them
 
     def __call__(
         self, run: Callable[[], Sequence[Tensor]], device: torch.device
@@ -62,11 +63,10 @@ class CudaGraphs:
         """
         with torch.cuda.device(device):
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            current = torch.cuda.current_stream()
-            # A recording cannot be made on the default stream, and the one that `torch.cuda.graph`
-            # makes by itself is of the first device that it is used on.
-            side = torch.cuda.Stream()
+                # A recording cannot be made on the default stream, and the one that
+                # `torch.cuda.graph` makes by itself is of the first device that it is used on.
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            current, side = torch.cuda.current_stream(), self._stream
             side.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
             try:

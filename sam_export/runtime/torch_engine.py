@@ -90,6 +90,8 @@ class TorchEngine:
             # marks what it compiles for.
             return value.detach().to(self._device).contiguous()
         array = contiguous(value)
+        if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+            array = array.copy()  # contiguous in NumPy's eyes, since a size is 1; not in torch's
         # torch shares the array's memory and wants to be allowed to write to it; it never does.
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._device)
 

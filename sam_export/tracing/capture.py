@@ -43,7 +43,7 @@ from sam_export.tracing.dynamic import Dynamic, at_least_two, dims_of
 from sam_export.tracing.evaluations import Evaluations
 from sam_export.tracing.losses import TraceableLosses
 from sam_export.tracing.new_state import Produced, new_state, scaler_of
-from sam_export.tracing.on_cpu import on_cpu
+from sam_export.tracing.on_cpu import constants_on_cpu
 from sam_export.tracing.randomness import (
     drawn_nodes,
     frozen_draws_refused,
@@ -72,8 +72,8 @@ def capture(
 ) -> CapturedStep:
     """Traces one whole SAM step into one functional ATen graph.
 
-    The model, the optimizer and torch's generators are left as they were. Where they are on CUDA, a
-    copy on the CPU is traced: the graph is the same, and runs on either.
+    The model, the optimizer and torch's generators are left as they were. They may be on CUDA: the
+    graph is traced on the CPU in any case, and runs on either.
 
     Args:
         step: The step to capture. Its model must be in training mode; submodules that were put
@@ -110,7 +110,6 @@ def capture(
         )
     if staged:
         check_staged(step)
-    step = on_cpu(step)
     now = step.hyper(list(dict.fromkeys(["lr", "rho", *dynamic_hyper])))
     hyper = tuple(HyperSpec(name, tuple(values)) for name, values in now.items())
     batch = unwrapped(example_batch)
@@ -125,6 +124,7 @@ def capture(
         frozen_draws_refused(),
         TraceableLosses(),  # type: ignore[no-untyped-call]
         older_settings_readable(),
+        constants_on_cpu(step),
     ):
         state = state_layout(step, layout, values)
         how = (multiples, return_outputs, portable, stages, hyper)

@@ -1,90 +1,65 @@
-"""A step whose model is on another device, as a copy on the CPU: all graphs are traced there.
+"""A step whose model is on another device is traced on the CPU, as every step is.
 
 A graph knows no device but that of its tensors, so one that was traced on the CPU runs on any. What
 eager launches on a GPU (cuDNN's operators, fused ones) is nothing that every target has.
+
+A trace puts its own parameters, buffers and batch in place of the model's (`step.call`), and those
+are on the CPU. What is left are constants: tensors that a module holds beside them, and the loss's
+own. No copy of the model is traced: a loss or a hook that reaches into the model would read the
+original's weights, and their gradient would be lost.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from sam_export.errors import CaptureError, StepConfigError
+from sam_export.errors import StepConfigError
 from sam_export.step.train_step import TrainStep
 
 
-def on_cpu(step: TrainStep) -> TrainStep:
-    """``step`` itself where all its tensors are on the CPU, else a copy whose tensors are.
+@contextlib.contextmanager
+def constants_on_cpu(step: TrainStep) -> Iterator[None]:
+    """While it is open, tensors that modules of the model and of the loss hold are on the CPU.
+
+    Parameters and buffers of the model stay where they are.
 
     Raises:
-        StepConfigError: It has autocast, whose list of operators is another one on each device.
-        CaptureError: The model, the loss or the optimizer cannot be copied.
+        StepConfigError: The model is on another device, and the step has autocast, whose list of
+            operators is another one on each device.
     """
-    elsewhere = {str(tensor.device) for tensor in tensors_of(step)} - {"cpu"}
-    if not elsewhere:
-        return step
-    if step.autocast is not None:
+    devices = {str(tensor.device) for tensor in step.model.parameters()} - {"cpu"}
+    if devices and step.autocast is not None:
         raise StepConfigError(
-            f"The model is on {', '.join(sorted(elsewhere))} and the step has autocast, which "
+            f"The model is on {', '.join(sorted(devices))} and the step has autocast, which "
             "casts for other operators there than on the CPU; a graph is traced on the CPU. Move "
             "the model with model.cpu(), make the step again, and compare with that step; the "
             "graph then runs on CUDA with the casts of the CPU."
         )
-    return copy_on_cpu(step)
-
-
-def copy_on_cpu(step: TrainStep) -> TrainStep:
-    """A copy of ``step``, of its model, its loss and its optimizer, with all tensors on the CPU.
-
-    Nothing is copied on the device that they are on.
-
-    Raises:
-        CaptureError: Something cannot be copied.
-    """
-    # What `copy.deepcopy` finds in its memo it takes for the copy.
-    memo: dict[int, Any] = {id(tensor): _copied(tensor) for tensor in tensors_of(step)}
-    base = step.optimizer.base_optimizer
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        twin = copy.deepcopy(step, memo)
-        # A copy of a torch optimizer leaves out what a class of somebody else's keeps of its own.
-        for name, value in vars(base).items():
-            if name not in vars(twin.optimizer.base_optimizer):
-                setattr(twin.optimizer.base_optimizer, name, copy.deepcopy(value, memo))
-    except Exception as error:
-        raise CaptureError(
-            f"The step is traced from a copy on the CPU, and cannot be copied: {error}. Move the "
-            "model to the CPU with model.cpu() and make the step again."
-        ) from error
-    return twin
+        for held in _holders(step):
+            for name, value in held.items():
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    swapped.append((held, name, value))
+                    held[name] = _on_cpu(value)
+        yield
+    finally:
+        for held, name, value in swapped:
+            held[name] = value
 
 
-def tensors_of(step: TrainStep) -> Iterator[Tensor]:
-    """Every tensor that ``step`` holds; one that is held twice comes twice."""
-    optimizer = step.optimizer
-    for module in (step.model, step.loss_fn):
-        for part in module.modules() if isinstance(module, nn.Module) else ():
-            yield from part.parameters(recurse=False)
-            yield from part.buffers(recurse=False)
-            yield from _tensors(vars(part))
-    yield from _tensors(step.averages)
-    holders: list[Mapping[Any, Any]] = [*optimizer.state.values(), *optimizer.param_groups]
-    holders += [*optimizer.memory.values(), optimizer._w, optimizer._g]
-    for held in holders:
-        yield from _tensors(held)
+def _holders(step: TrainStep) -> Iterator[dict[str, Any]]:
+    yield from map(vars, step.model.modules())
+    for part in step.loss_fn.modules() if isinstance(step.loss_fn, nn.Module) else ():
+        yield vars(part)
+        yield part._buffers
+        yield part._parameters
 
 
-def _tensors(held: Mapping[Any, Any]) -> Iterator[Tensor]:
-    return (value for value in held.values() if isinstance(value, Tensor))
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    value = tensor.detach().to("cpu", copy=True)
-    if isinstance(tensor, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-    for name, attribute in vars(tensor).items():
-        if name not in vars(value):
-            setattr(value, name, attribute)
-    return value.requires_grad_(tensor.requires_grad)
+def _on_cpu(value: Tensor) -> Tensor:
+    copy = value.detach().cpu()
+    return nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy

@@ -220,9 +220,10 @@ def _used(step: TrainStep, layout: BatchLayout, values: Sequence[Tensor]) -> set
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         try:
             parameters = {
-                name: mode.from_tensor(p.detach()) for name, p in step.model.named_parameters()
+                name: mode.from_tensor(p.detach()).cpu()
+                for name, p in step.model.named_parameters()
             }
-            buffers = {name: mode.from_tensor(b) for name, b in step.model.named_buffers()}
+            buffers = {name: mode.from_tensor(b).cpu() for name, b in step.model.named_buffers()}
             batch = [mode.from_tensor(value) for value in values]
             with torch.enable_grad():
                 for name in names:

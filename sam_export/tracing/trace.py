@@ -72,9 +72,10 @@ def traced(
         raise explained(error) from error
     _refuse_guards(fakes, dims, faked)
     _drop_profiler(raw)
+    tracing.bring_constants_to_cpu(raw)
     origins.stamp_lines(raw.graph, _line_in_text)
-    program = exported(raw, arguments, dims, multiples)
-    graph_module = _functional(program)
+    with fakes.mode:
+        graph_module = tracing.functional(raw, faked)
     _drop_pass_through(graph_module)
     return graph_module, fakes.symbols()
 
@@ -117,15 +118,6 @@ def symbolic(name: str, multiple: int, least: int = 1) -> Any:
     if multiple == 1:
         return torch.export.Dim(name, min=least)
     return multiple * torch.export.Dim(f"{name}_part", min=max(least // multiple, 1))
-
-
-def _functional(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    module = tracing.decomposed_by(program, {}).module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    # Plain flat arguments and results, so that outputs may be dropped.
-    module.graph.set_codegen(fx.graph.CodeGen())
-    module.recompile()
-    return module
 
 
 def _drop_profiler(graph_module: fx.GraphModule) -> None:

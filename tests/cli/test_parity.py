@@ -208,7 +208,7 @@ def test_options_for_cuda_reach_the_check(
     asked: dict[str, Any] = {}
 
     def check_parity(*_: Any, **options: Any) -> None:
-        asked.update(options)
+        asked.update(options, tf32=os.environ.get("NVIDIA_TF32_OVERRIDE"))
         raise Stopped
 
     monkeypatch.setattr(sam_export, "check_parity", check_parity, raising=False)
@@ -219,10 +219,11 @@ def test_options_for_cuda_reach_the_check(
     assert main([*argv, "--memory-limit", "1G"]) == 2
     assert asked["device"] == "cuda:1"
     assert asked["cuda"] == sam_export.CudaOptions(1 << 30, True, True, True)
-    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+    assert asked["tf32"] is None
     assert main([*argv[:-4], "cuda"]) == 2
     assert asked["cuda"] is None
-    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert asked["tf32"] == "0"
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
     capsys.readouterr()
     assert main(["parity", "--self-test", "--targets", "onnx", *flags]) == 2
     assert "not --tf32 --cuda-graph --allow-cpu-nodes" in capsys.readouterr().err

@@ -51,7 +51,9 @@ def test_settings_that_older_ones_refuse_to_read() -> None:
             torch.get_float32_matmul_precision()
         now = ledger(3, 7, "cpu", {})["numerics"]
     finally:
+        # The older setting, after which the getter works again ("ieee" where there was "none").
         torch.set_float32_matmul_precision(precision)
+    assert torch.get_float32_matmul_precision() == precision
     assert now["cuda_matmul_float32"] == "tf32"
     assert ledger(3, 7, "cpu", {})["numerics"]["cuda_matmul_float32"] != "tf32"
 

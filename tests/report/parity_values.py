@@ -85,7 +85,7 @@ def report(*targets: TargetReport, **changes: Any) -> ParityReport:
             "threads": {"torch": 1},
             "versions": {"torch": "2.13.0"},
             "hardware": {"cpu": "A & B", "gpus": []},
-            "numerics": {"cudnn_allow_tf32": True},
+            "numerics": {"cudnn_conv_float32": "tf32"},
             "environment": {},
             "targets": {"onnx": {"graphs": {"step.onnx": "ab" * 32}}, "torch-compile": {}},
         },

@@ -204,7 +204,7 @@ def test_a_long_heat_map_says_what_it_leaves_out() -> None:
 
 
 def test_ledger_tolerances_and_command_are_there(page: Page) -> None:
-    assert "cudnn_allow_tf32 yes" in page.text
+    assert "cudnn_conv_float32 tf32" in page.text
     assert f"graphs step.onnx {'ab' * 32}" in page.text
     assert "Environment variables that matter none set" in page.text
     assert "Target torch-compile facts its session tells none" in page.text

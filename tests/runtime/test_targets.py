@@ -97,6 +97,9 @@ def test_tensors_of_any_layout_give_the_same_step(target: str, exported: Path) -
     assert float(plain.step(x, y).loss) == pytest.approx(float(other.step(transposed, wide).loss))
     for name, value in plain.state.items():
         np.testing.assert_allclose(other.state[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    single = x[:1].numpy()
+    assert single[::-1].flags.c_contiguous  # for NumPy; torch takes no negative stride
+    np.testing.assert_array_equal(plain.evaluate(single[::-1]), plain.evaluate(single))
 
 
 @pytest.mark.parametrize("target", RUN_HERE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,8 +160,8 @@ def test_capture_leaves_everything_as_it_was() -> None:
         assert torch.equal(value, before[name])
 
 
-def test_capture_under_the_newer_settings_of_precision() -> None:
-    """torch.export itself fails after them; capture leaves them as they were."""
+def test_the_newer_settings_of_precision(tmp_path: Path) -> None:
+    """torch.export itself fails after them; capture and export leave them as they were."""
     step = make(WithStatistics(), "adamw")
     conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
     rounds = rnn.fp32_precision
@@ -168,10 +169,15 @@ def test_capture_under_the_newer_settings_of_precision() -> None:
         conv.fp32_precision = "ieee"
         with pytest.raises(RuntimeError, match="allow_tf32"):
             _ = torch.backends.cudnn.allow_tf32
-        sx.capture(step, batches(1)[0])
+        captured = sx.capture(step, batches(1)[0])
+        for target in ("onnx", "torchscript", "torch-compile"):
+            sx.export(captured, tmp_path / target, target)
+        sx.load(tmp_path / "torch-compile").export_model(tmp_path / "model.pt2")
+        with pytest.raises(RuntimeError, match="allow_tf32"):
+            _ = torch.backends.cudnn.allow_tf32
         assert (conv.fp32_precision, rnn.fp32_precision) == ("ieee", rounds)
     finally:
-        torch.backends.cudnn.allow_tf32 = True  # both, and the older setting can be read again
+        torch._C._set_cudnn_allow_tf32(True)  # both, and the older setting can be read again
 
 
 def test_capture_in_the_middle_of_a_run_goes_on_from_there() -> None:

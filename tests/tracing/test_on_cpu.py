@@ -1,117 +1,95 @@
-"""A step on another device is traced from a copy on the CPU."""
+"""A step whose model is on another device is traced on the CPU."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sam_export as sx
-from sam_export.errors import CaptureError, StepConfigError
-from sam_export.tracing.on_cpu import copy_on_cpu, on_cpu, tensors_of
+from sam_export._compat import tracing
+from sam_export.errors import StepConfigError
+from sam_export.tracing.on_cpu import constants_on_cpu
 
 
-class Model(nn.Module):
-    """Tied weights, statistics, a tensor that is no buffer, dropout."""
+class Shifted(nn.Module):
+    """With a tensor that is no buffer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-        self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout(0.2)
+        self.linear = nn.Linear(4, 4)
         self.shift = torch.linspace(0, 1, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.norm(self.first(x) + self.shift))
-        return self.second(x)  # type: ignore[no-any-return]
+        return self.linear(x) + self.shift  # type: ignore[no-any-return]
 
 
-def make(**options: Any) -> sx.TrainStep:
-    torch.manual_seed(0)
-    model = Model()
-    sam = sx.SAM(model.parameters(), torch.optim.AdamW, lr=0.01, every=2, variant=sx.LookSAM())
-    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 1.0]))
-    return sx.TrainStep(model, loss, sam, seed=3, **options)
+def on_a_pretended_gpu(**options: Any) -> sx.TrainStep:
+    """A step of fake tensors of a device that is not there."""
+    model, loss = Shifted(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 1.0]))
+    for held in (vars(model), model.linear._parameters, loss._buffers):
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                fake = torch.empty(value.shape, device="cuda:0")
+                held[name] = nn.Parameter(fake) if isinstance(value, nn.Parameter) else fake
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    return sx.TrainStep(model, loss, sam, **options)
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(6, 4, generator=generator), torch.tensor([0, 1, 2, 3, 0, 1])
-
-
-def test_the_graphs_of_a_copy_are_those_of_the_step() -> None:
-    """In the middle of a run: slots, memories, averages, numbers go along."""
-    step = make(ema=sx.EMA(0.9))
-    for _ in range(3):
-        step(*batch())
-    copied = copy_on_cpu(step)
-    first, second = (sx.capture(each, batch(), staged=False) for each in (step, copied))
-    assert second.contract == first.contract
-    for name, value in first.state.items():
-        np.testing.assert_array_equal(second.state[name], value, err_msg=name)
-    assert int(first.state["counter.step"]) == 3
-    for name, program in first.programs.items():
-        assert second.programs[name].graph_module.code == program.graph_module.code, name
-
-
-def test_a_copy_shares_no_memory_and_holds_together() -> None:
-    step = make()
-    step(*batch())
-    copied = copy_on_cpu(step)
-    before = {tensor.data_ptr() for tensor in tensors_of(step)}
-    after = list(tensors_of(copied))
-    assert len(after) == len(list(tensors_of(step)))
-    assert not before & {tensor.data_ptr() for tensor in after}
-    assert copied.model.second.weight is copied.model.first.weight
-    held = [p for group in copied.optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in held} == {id(p) for p in copied.model.parameters()}
-    assert copied.optimizer.state is copied.optimizer.base_optimizer.state
-    assert set(copied.optimizer.state) == set(held)
-
-
-def test_a_step_on_the_cpu_is_traced_itself() -> None:
-    step = make()
-    assert on_cpu(step) is step
-
-
-def on_a_pretended_gpu(step: sx.TrainStep) -> sx.TrainStep:
-    """With fake tensors of a device that is not there."""
-    for part in (step.model, step.loss_fn):
-        for module in part.modules():
-            for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
-                if isinstance(value, Tensor):
-                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda:0")
-                    is_parameter = isinstance(value, nn.Parameter)
-                    setattr(module, name, nn.Parameter(fake) if is_parameter else fake)
-    step.model.second.weight = step.model.first.weight
-    sam = sx.SAM(step.model.parameters(), torch.optim.SGD, lr=0.1)
-    return sx.TrainStep(step.model, step.loss_fn, sam, autocast=step.autocast)
-
-
-def test_all_of_a_step_comes_to_the_cpu() -> None:
+def test_constants_come_to_the_cpu_and_go_back() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        step = on_a_pretended_gpu(make())
-        assert {str(tensor.device) for tensor in tensors_of(step)} == {"cuda:0"}
-        copied = on_cpu(step)
-        assert {str(tensor.device) for tensor in tensors_of(copied)} == {"cpu"}
-        assert {str(tensor.device) for tensor in tensors_of(step)} == {"cuda:0"}
+        step = on_a_pretended_gpu()
+        model: Any = step.model
+        shift, weight = model.shift, step.loss_fn.weight
+        assert {str(shift.device), str(weight.device)} == {"cuda:0"}
+        with constants_on_cpu(step):
+            assert {str(model.shift.device), str(step.loss_fn.weight.device)} == {"cpu"}
+            # A trace puts its own in place of these.
+            assert str(model.linear.weight.device) == "cuda:0"
+        assert model.shift is shift
+        assert step.loss_fn.weight is weight
 
 
 def test_autocast_of_another_device_is_refused() -> None:
     """Its list of operators is another one, so the graph would not be what eager does."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        step = on_a_pretended_gpu(make(autocast=torch.bfloat16))
-        with pytest.raises(StepConfigError, match=r"on cuda:0 and the step has autocast"):
-            on_cpu(step)
+        step = on_a_pretended_gpu(autocast=torch.bfloat16)
+        with (
+            pytest.raises(StepConfigError, match=r"on cuda:0 and the step has autocast"),
+            constants_on_cpu(step),
+        ):
+            pass
 
 
-def test_a_step_that_cannot_be_copied_says_what_to_do() -> None:
-    step = make()
-    step.model.lock = threading.Lock()
-    with pytest.raises(CaptureError, match=r"(?s)cannot be copied.*lock.*model\.cpu\(\)"):
-        copy_on_cpu(step)
+def test_constants_of_a_graph_come_to_the_cpu() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        graph = torch.fx.symbolic_trace(Shifted())
+        graph.shift = torch.empty(4, device="cuda:0")
+        tracing.bring_constants_to_cpu(graph)
+        assert str(graph.shift.device) == "cpu"
+        assert mode is not None
+
+
+def test_a_loss_and_a_hook_reach_into_the_model() -> None:
+    """The weights that they see are those of the step; a copy of the model would lose these."""
+    torch.manual_seed(0)
+    model = Shifted().double()
+    model.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    model.register_forward_hook(lambda module, _, output: output * module.scale)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        penalty = 10 * model.linear.weight.square().sum()
+        return nn.functional.cross_entropy(output, target) + penalty
+
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.01)
+    step = sx.TrainStep(model, loss, sam)
+    batch = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+    session = sx.load(sx.capture(step, batch), target="torchscript")
+    for _ in range(2):
+        found, expected = session.step(*batch), step(*batch)
+        assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-12)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(session.state[name]), value.detach())
