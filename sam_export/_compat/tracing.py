@@ -131,9 +131,19 @@ def trace(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]
 def bring_constants_to_cpu(graph_module: fx.GraphModule) -> None:
     """Puts the tensors that a graph holds on the CPU, where its arguments are."""
     for module in graph_module.modules():
-        for name, value in {**vars(module), **module._buffers, **module._parameters}.items():
-            if isinstance(value, Tensor) and value.device.type != "cpu":
-                setattr(module, name, value.detach().cpu())
+        holders: tuple[dict[str, Any], ...] = (vars(module), module._buffers, module._parameters)
+        for held in holders:
+            for name, value in held.items():
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    held[name] = on_cpu(value)
+
+
+def on_cpu(value: Tensor) -> Tensor:
+    """A copy on the CPU; of a parameter a parameter."""
+    copy = value.detach().cpu()
+    if isinstance(value, torch.nn.Parameter):
+        return torch.nn.Parameter(copy, value.requires_grad)
+    return copy
 
 
 def functional(graph_module: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sam_export._compat import tracing
 from sam_export.errors import StepConfigError
 from sam_export.step.train_step import TrainStep
 
@@ -45,7 +46,7 @@ def constants_on_cpu(step: TrainStep) -> Iterator[None]:
             for name, value in held.items():
                 if isinstance(value, Tensor) and value.device.type != "cpu":
                     swapped.append((held, name, value))
-                    held[name] = _on_cpu(value)
+                    held[name] = tracing.on_cpu(value)
         yield
     finally:
         for held, name, value in swapped:
@@ -58,8 +59,3 @@ def _holders(step: TrainStep) -> Iterator[dict[str, Any]]:
         yield vars(part)
         yield part._buffers
         yield part._parameters
-
-
-def _on_cpu(value: Tensor) -> Tensor:
-    copy = value.detach().cpu()
-    return nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sam_export as sx
 from sam_export._compat import tracing
-from sam_export.errors import StepConfigError
+from sam_export.errors import CaptureError, StepConfigError
 from sam_export.tracing.on_cpu import constants_on_cpu
 
 
@@ -65,12 +65,25 @@ def test_autocast_of_another_device_is_refused() -> None:
 
 
 def test_constants_of_a_graph_come_to_the_cpu() -> None:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         graph = torch.fx.symbolic_trace(Shifted())
         graph.shift = torch.empty(4, device="cuda:0")
+        graph.linear.weight = nn.Parameter(torch.empty(4, 4, device="cuda:0"))
         tracing.bring_constants_to_cpu(graph)
-        assert str(graph.shift.device) == "cpu"
-        assert mode is not None
+        assert {str(graph.shift.device), str(graph.linear.weight.device)} == {"cpu"}
+        assert isinstance(graph.linear.weight, nn.Parameter)
+
+
+def test_a_tensor_of_another_device_says_what_to_do() -> None:
+    class Fixed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.ones(4, device="meta")
+
+    model = Fixed(4, 4)
+    sam = sx.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    step = sx.TrainStep(model, nn.MSELoss(), sam)
+    with pytest.raises(CaptureError, match=r'(?s)device="meta".*cpu and meta.*device=x\.device'):
+        sx.capture(step, (torch.ones(2, 4), torch.ones(2, 4)))
 
 
 def test_a_loss_and_a_hook_reach_into_the_model() -> None:
