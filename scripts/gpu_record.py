@@ -54,13 +54,13 @@ def library_report(status: MachineStatus) -> list[str]:
     lines.append(
         f"for onnx on CUDA 13 and cuDNN 9: {first}pip install onnxruntime-gpu "
         + _quoted(CUDA_13, 13)
-        + " (Python 3.11 to 3.14)"
+        + " (Python 3.11 to 3.14; exact versions: constraints-cuda13.txt)"
     )
     lines.append(
         "for onnx-training and ort-artifacts on CUDA 11.8 and cuDNN 8: "
         f"{first}pip install onnxruntime-training==1.19.2 "
         + _quoted(CUDA_11, 11)
-        + " (Python 3.11)"
+        + " (Python 3.11; exact versions: constraints-cuda11.txt)"
     )
     return lines
 
