@@ -102,7 +102,7 @@ def test_tensors_of_any_layout_give_the_same_step(target: str, exported: Path) -
     np.testing.assert_array_equal(plain.evaluate(single[::-1]), plain.evaluate(single))
 
 
-@pytest.mark.parametrize("target", RUN_HERE)
+@pytest.mark.parametrize("target", ["torch-compile", "torchscript", "onnx"])
 def test_one_tensor_given_twice_stays_two_inputs(target: str) -> None:
     """As an autoencoder gets its batch; what was compiled for that must not outlive it."""
     torch.manual_seed(0)
