@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import onnxruntime as ort
 import pytest
 import torch
 from covertable import make
@@ -211,23 +210,8 @@ def check(cell: Any) -> None:
     assert report.ok, f"{named(cell)}\n{report}"
 
 
-def marked(cell: Any) -> Any:
-    """Known gaps. RMSprop's second step leaves a LayerNorm row with a deviation of 9e-4.
-
-    It amplifies what ONNX Runtime's float32 Sigmoid (of SiLU) is off by: 1.6e-6 of the value, where
-    torch's is off by 1.2e-7. With ReLU in its place, in float64, or in ONNX Runtime 1.32.0 the cell
-    passes.
-    """
-    row = (cell.optimizer, cell.model, cell.dtype)
-    is_gap = row == ("RMSprop", "norms", "float32") and cell.target in ONNX
-    is_gap = is_gap and ort.__version__.startswith("1.19")
-    reason = "ONNX Runtime's Sigmoid, amplified by a row of LayerNorm"
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if is_gap else []
-    return pytest.param(cell, id=named(cell), marks=marks)
-
-
 @pytest.mark.wide
-@pytest.mark.parametrize("cell", [marked(cell) for cell in CELLS])
+@pytest.mark.parametrize("cell", CELLS, ids=named)
 def test_every_cell(cell: Any) -> None:
     check(cell)
 
@@ -235,7 +219,7 @@ def test_every_cell(cell: Any) -> None:
 QUICK = [cell for cell in CELLS if cell.target in ("onnx", "torchscript")][::8]
 
 
-@pytest.mark.parametrize("cell", [marked(cell) for cell in QUICK])
+@pytest.mark.parametrize("cell", QUICK, ids=named)
 def test_some_cells(cell: Any) -> None:
     check(cell)
 
