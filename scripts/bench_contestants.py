@@ -175,7 +175,12 @@ def _compiled_model(case: Case, artifact: Path | None, threads: int, device: str
 
 
 def _session(
-    case: Case, artifact: Path | None, threads: int, device: str, recorded: bool = False
+    case: Case,
+    artifact: Path | None,
+    threads: int,
+    device: str,
+    recorded: bool = False,
+    staged: bool = False,
 ) -> StepFunction:
     del case
     import sam_export as sx
@@ -184,23 +189,10 @@ def _session(
         raise ValueError("A session contestant needs the folder of its artifact.")
     cuda = sx.CudaOptions(cuda_graph=True) if recorded else None
     session = sx.load(artifact, device=device, threads=threads, cuda=cuda)
+    run = sx.InStages(session).step if staged else session.step
 
     def step(x: Any, y: Any) -> Any:
-        return session.step(x, y).loss
-
-    return step
-
-
-def _staged_session(case: Case, artifact: Path | None, threads: int, device: str) -> StepFunction:
-    del case
-    import sam_export as sx
-
-    if artifact is None:
-        raise ValueError("A session contestant needs the folder of its artifact.")
-    stages = sx.InStages(sx.load(artifact, device=device, threads=threads))
-
-    def step(x: Any, y: Any) -> Any:
-        return stages.step(x, y).loss
+        return run(x, y).loss
 
     return step
 
@@ -304,7 +296,7 @@ STAGED = {
         CONTESTANTS[target],
         name=f"{target}-staged",
         description="the same, each step as three calls",
-        build=_staged_session,
+        build=partial(_session, staged=True),
         staged=True,
     )
     for target in ("torch-compile", "torchscript", "aot-inductor", "onnx", "onnx-training")

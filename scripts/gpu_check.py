@@ -138,17 +138,17 @@ def main(argv: list[str] | None = None) -> int:
     parity: list[Parity] = []
     sections: list[Section] = []
     alike: list[Verdict] = []
-    verdicts: list[Verdict] = []
 
-    def write() -> None:
+    def write() -> list[Verdict]:
         """The record of what is known so far: a machine may be gone before all of it is."""
-        verdicts[:] = parity_verdicts(parity) + alike
-        verdicts.extend(speed_verdicts({item.name: item.records for item in sections}, device))
+        verdicts = parity_verdicts(parity) + alike
+        verdicts += speed_verdicts({item.name: item.records for item in sections}, device)
         out.write_text(
             page(
                 device, libraries, parity, options.steps, sections, options.rounds, verdicts, absent
             )
         )
+        return verdicts
 
     for name in options.parity_models:
         print(f"parity of {name}", file=sys.stderr, flush=True)
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         sections.append(Section(name, CASES[name].description, records))
         alike.append(same_work(name, check_same_work(records)))
         write()
-    write()
+    verdicts = write()
     for verdict in verdicts:
         print(f"{verdict.word}: {verdict.what}: {verdict.found}; wanted: {verdict.wanted}")
     print(f"Written to {out}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
-import re
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def exported_model(
 
 
 def compiled(
-    function: Callable[..., Any], varying: Sequence[str], eager_random: bool
+    function: Callable[..., Any], varying: Collection[int], eager_random: bool
 ) -> Callable[..., Any]:
     """``function`` as one graph under Inductor.
 
@@ -128,16 +127,15 @@ def compiled(
 
     Args:
         function: What to compile.
-        varying: The tensors whose sizes may change from call to call: ``batch[0]`` is the first of
-            the argument ``batch``.
+        varying: Positions in its argument ``batch`` of the tensors whose sizes may change from call
+            to call.
         eager_random: Draw random numbers as eager does.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
         importlib.import_module("torch._inductor.compile_fx")
 
-    # Dynamo's names of them: L['batch'][0].
-    guarded = {re.sub(r"^(\w+)", r"L['\1']", name) for name in varying}
+    guarded = {f"L['batch'][{index}]" for index in varying}  # Dynamo's names of them
 
     def kept(guards: Sequence[Any]) -> list[bool]:
         return [

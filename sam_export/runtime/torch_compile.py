@@ -31,7 +31,7 @@ class TorchCompileEngine(FlatTorchEngine):
         drawn = self._artifact.details.get("random_ops")
         program = inductor.compiled(
             in_place(graph, spec, discarded, scalars),
-            varying=[f"batch[{index}]" for index, _ in self._varying[spec.name]],
+            varying={index for index, _ in self._varying[spec.name]},
             eager_random=bool(drawn),
         )
         if not self._cuda.cuda_graph or not spec.feeds:

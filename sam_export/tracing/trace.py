@@ -169,18 +169,19 @@ def _refuse_guards(
 
 def explained(error: Exception) -> CaptureError:
     """The error of a failed trace, with the user's own source line."""
-    what = "depends on the value of a tensor" if _data_dependent(error) else "cannot be traced"
-    advice = (
-        "A step is traced on the CPU, wherever its model is. Make tensors where the inputs are "
-        "(device=x.device), and keep others as buffers of the model or of a loss that is a module; "
-        "or move all of it to the CPU."
-        if "on the same device" in str(error)
-        else "A graph cannot branch on values or read them into Python (.item(), float(tensor), "
-        "if tensor > 0, boolean indexing). Use torch.where, or move it out of the "
-        "model."
-        if _data_dependent(error)
-        else "The original error is above this one."
-    )
+    what, advice = "cannot be traced", "The original error is above this one."
+    if _data_dependent(error):
+        what = "depends on the value of a tensor"
+        advice = (
+            "A graph cannot branch on values or read them into Python (.item(), float(tensor), "
+            "if tensor > 0, boolean indexing). Use torch.where, or move it out of the model."
+        )
+    elif "on the same device" in str(error):
+        advice = (
+            "A step is traced on the CPU, wherever its model is. Make tensors where the inputs are "
+            "(device=x.device), and keep others as buffers of the model or of a loss that is a "
+            "module; or move all of it to the CPU."
+        )
     where = user_line(error)
     return CaptureError(
         f"The step {what}{': ' + where if where else ''}\n{_first_line(error)}\n{advice}"
